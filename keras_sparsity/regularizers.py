@@ -1,0 +1,313 @@
+"""Penalties that make weights small enough to prune: HALO, SWS and MCP."""
+
+import weakref
+
+import keras
+from keras import ops
+
+from keras_sparsity.checks import check_number
+from keras_sparsity.selection import Governed
+
+
+SCALE_FLOOR = 1e-3
+
+
+class KernelPenalty(keras.Layer, keras.regularizers.Regularizer):
+    """Base of the penalties: a regularizer that is a layer, and so may own weights.
+
+    A `keras.Layer` that is assigned to an attribute of another, as `Dense` does with
+    its `kernel_regularizer`, is tracked, trained, saved and restored with it.
+
+    A subclass computes the penalty of a float32 tensor in `penalty(w)`. If it has
+    weights of its own, it creates them from the kernel's shape in `build(shape)`.
+    """
+
+    def __init__(self, trainable=True):
+        # No name among the arguments: copies must not end up with the same one,
+        # since on torch a variable is known by its path.
+        super().__init__(trainable=trainable, dtype="float32")
+        # Weak, because a variable as an attribute would become a weight of this layer.
+        self._kernel = lambda: None
+
+    def penalty(self, w):
+        raise NotImplementedError
+
+    def __call__(self, x):
+        if isinstance(x, keras.Variable):
+            self._bind(x)
+        if not self.built:
+            self.build(tuple(x.shape))
+        return self.penalty(ops.cast(x, "float32"))
+
+    def build(self, input_shape):
+        """Creates the penalty's own weights from the kernel's shape."""
+
+    def _bind(self, kernel):
+        bound = self._kernel()
+        if bound is None:
+            self._kernel = weakref.ref(kernel)
+        elif bound is not kernel:
+            name = type(self).__name__
+            raise ValueError(
+                f"One {name} must regularize one kernel. This one has "
+                f"'{bound.path}' of shape {tuple(bound.shape)}. Received a second, "
+                f"'{kernel.path}' of shape {tuple(kernel.shape)}. Make a new {name} "
+                f"for every kernel, or use `Penalized(layer, {name}(...))` for all the "
+                f"kernels of a layer, `sparsify(model, {name}(...))` for a model's."
+            )
+
+    def governed_weights(self):
+        """The kernel that was regularized, if any: see `selection.Governed`."""
+        kernel = self._kernel()
+        if kernel is None:
+            return []
+        values = ops.cast(kernel, "float32")
+        return [Governed(kernel, type(self).__name__, values)]
+
+    def load_own_variables(self, store):
+        # A penalty that has not met its kernel yet learns the shape from the file.
+        if not self.built and "0" in store.keys():  # noqa: SIM118, HDF5 is no dict
+            self.build(tuple(store["0"].shape))
+        super().load_own_variables(store)
+
+    def get_config(self):
+        return {"trainable": self.trainable}
+
+
+@keras.saving.register_keras_serializable("keras_sparsity")
+class HALO(KernelPenalty):
+    """Hierarchical adaptive lasso: a penalty that learns one scale per weight.
+
+    ```
+    penalty = xi * sum(|w| / scale**2) + psi * sum(|scale|)
+              + scale_decay / 2 * sum(scale**2)
+    ```
+
+    The scales start at 1 and are trained with the weights. A scale falls, and the
+    pull on its weight grows, until the weight is either held up by the loss or close
+    to zero: at rest `scale = (2 * xi * |w| / psi) ** (1/3)` (for `scale_decay=0`), a
+    penalty of the order of `|w| ** (1/3)`. No weight becomes exactly zero during
+    training; `keras_sparsity.prune` is the last step.
+
+    The scale is kept between `scale_floor` and `scale_ceiling`: an optimizer's update
+    that leaves the range is put back to its end. Below the floor (a scale that was
+    assigned) the penalty and the pull on the scale are those at the floor, so that
+    neither becomes infinite and the scale is never out of reach.
+
+    The scales' learning rate matters as much as `xi` and `psi`: see
+    `keras_sparsity.SparsityOptimizer`. Weight decay must not reach them.
+
+    Args:
+        xi: Float >= 0, the pull on the weights. A sum over weights, not a mean:
+            useful values are small, 1e-7 to 1e-6.
+        psi: Float >= 0, the pull on the scales, 1e-4 to 1e-3. More means that scales
+            settle sooner, and sparser.
+        scale_decay: Float >= 0, weight decay of the scales as a term of the penalty,
+            which is what the published code trains with (1e-4). Defaults to 0.
+        scale_floor: Float > 0, in units of the scale. Defaults to 1e-3.
+        scale_ceiling: Float > 1, in units of the scale. Defaults to 10.
+
+    Attributes:
+        scale: Float32 variable of the kernel's shape, named `halo_scale`. It exists
+            once the kernel does and the layer's `losses` were read, which `fit` does.
+
+    Raises:
+        ValueError: If an argument is out of its range, or if one instance is given a
+            second kernel.
+
+    Example:
+
+    ```python
+    layer = keras.layers.Dense(300, kernel_regularizer=HALO(xi=3e-7, psi=5e-4))
+    ```
+
+    Reference:
+
+    - [Seto et al., HALO: Learning to Prune Neural Networks with Shrinkage](
+        https://arxiv.org/abs/2008.10183), equation 4. The published code sums and
+        starts the scales at 1, as is done here.
+    """
+
+    def __init__(
+        self,
+        xi,
+        psi,
+        scale_decay=0.0,
+        scale_floor=1e-3,
+        scale_ceiling=10.0,
+        trainable=True,
+    ):
+        super().__init__(trainable=trainable)
+        self.xi = check_number("xi", xi, at_least=0)
+        self.psi = check_number("psi", psi, at_least=0)
+        self.scale_decay = check_number("scale_decay", scale_decay, at_least=0)
+        self.scale_floor = check_number("scale_floor", scale_floor, above=0)
+        self.scale_ceiling = check_number("scale_ceiling", scale_ceiling, above=1)
+        if self.scale_floor >= 1:
+            raise ValueError(
+                "Argument `scale_floor` must be less than 1, where scales start. "
+                f"Received: scale_floor={scale_floor}"
+            )
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(
+            name="halo_scale",
+            shape=input_shape,
+            initializer="ones",
+            constraint=self._within_range,
+            autocast=False,
+        )
+
+    def _within_range(self, scale):
+        return ops.clip(scale, self.scale_floor, self.scale_ceiling)
+
+    def penalty(self, w):
+        """The penalty of a float32 tensor of the kernel's shape, a scalar."""
+        if tuple(w.shape) != tuple(self.scale.shape):
+            raise ValueError(
+                "One HALO must regularize one kernel. This one has scales of shape "
+                f"{tuple(self.scale.shape)}. Received a kernel of shape "
+                f"{tuple(w.shape)}. Make a new HALO for every kernel."
+            )
+
+        # In closed form, for two reasons: differentiating `scale**-2` passes through
+        # powers that under- and overflow float32, and it takes twice the passes over
+        # the weights where nothing fuses them.
+        @ops.custom_gradient
+        def penalty(w, scale):
+            magnitude = ops.maximum(ops.abs(scale), self.scale_floor)
+            slope = self.xi / (magnitude * magnitude)
+            pulls = slope * ops.abs(w)
+            value = ops.sum(pulls) + self.psi * ops.sum(ops.abs(scale))
+            if self.scale_decay:
+                value += 0.5 * self.scale_decay * ops.sum(ops.square(scale))
+
+            def grad(*args, upstream=None):
+                if upstream is None:
+                    (upstream,) = args
+                sign = ops.sign(scale)
+                d_scale = sign * (self.psi - 2.0 * pulls / magnitude)
+                if self.scale_decay:
+                    d_scale += self.scale_decay * scale
+                return upstream * slope * ops.sign(w), upstream * d_scale
+
+            return value, grad
+
+        return penalty(w, ops.cast(self.scale, "float32"))
+
+    def get_config(self):
+        config = {
+            "xi": self.xi,
+            "psi": self.psi,
+            "scale_decay": self.scale_decay,
+            "scale_floor": self.scale_floor,
+            "scale_ceiling": self.scale_ceiling,
+        }
+        return {**super().get_config(), **config}
+
+
+@keras.saving.register_keras_serializable("keras_sparsity")
+class SWS(KernelPenalty):
+    """HALO's comparison with one scale for the whole kernel.
+
+    ```
+    penalty = xi * sum(|w|) / scale**2 + psi * scale**2
+    ```
+
+    The scale is a scalar, starts at 1, and is kept at or above 1e-3.
+
+    Args:
+        xi: Float >= 0, the pull on the weights.
+        psi: Float >= 0, the pull on the scale.
+
+    Attributes:
+        scale: Float32 scalar variable, named `sws_scale`.
+
+    Raises:
+        ValueError: If an argument is out of its range, or if one instance is given a
+            second kernel.
+
+    Example:
+
+    ```python
+    layer = keras.layers.Dense(300, kernel_regularizer=SWS(xi=1e-5, psi=1e-2))
+    ```
+
+    Reference:
+
+    - [Seto et al., HALO: Learning to Prune Neural Networks with Shrinkage](
+        https://arxiv.org/abs/2008.10183), section 4.
+    """
+
+    def __init__(self, xi, psi, trainable=True):
+        super().__init__(trainable=trainable)
+        self.xi = check_number("xi", xi, at_least=0)
+        self.psi = check_number("psi", psi, at_least=0)
+
+    def build(self, input_shape):
+        self.scale = self.add_weight(
+            name="sws_scale",
+            shape=(),
+            initializer="ones",
+            constraint=lambda scale: ops.maximum(scale, SCALE_FLOOR),
+            autocast=False,
+        )
+
+    def load_own_variables(self, store):
+        # The file has the scale, a scalar, not the kernel's shape; none is needed.
+        if not self.built:
+            self.build(())
+        super().load_own_variables(store)
+
+    def penalty(self, w):
+        """The penalty of a float32 tensor of the kernel's shape, a scalar."""
+        scale = ops.cast(self.scale, "float32")
+        square = ops.maximum(ops.square(scale), SCALE_FLOOR**2)
+        return self.xi * ops.sum(ops.abs(w)) / square + self.psi * ops.square(scale)
+
+    def get_config(self):
+        return {**super().get_config(), "xi": self.xi, "psi": self.psi}
+
+
+@keras.saving.register_keras_serializable("keras_sparsity")
+class MCP(KernelPenalty):
+    """Minimax concave penalty: an L1 that fades out for large weights.
+
+    ```
+    penalty = sum(lam * |w| - w**2 / (2 * gamma)    where |w| <= gamma * lam
+                  gamma * lam**2 / 2                elsewhere)
+    ```
+
+    Args:
+        lam: Float >= 0, the slope at zero.
+        gamma: Float > 0; weights above `gamma * lam` are not pulled at all.
+
+    Raises:
+        ValueError: If an argument is out of its range.
+
+    Example:
+
+    ```python
+    layer = keras.layers.Dense(300, kernel_regularizer=MCP(lam=1e-4, gamma=1e3))
+    ```
+
+    Reference:
+
+    - [Zhang, Nearly unbiased variable selection under minimax concave penalty](
+        https://arxiv.org/abs/1002.4734), section 2.
+    """
+
+    def __init__(self, lam, gamma, trainable=True):
+        super().__init__(trainable=trainable)
+        self.lam = check_number("lam", lam, at_least=0)
+        self.gamma = check_number("gamma", gamma, above=0)
+
+    def penalty(self, w):
+        """The penalty of a float32 tensor of the kernel's shape, a scalar."""
+        magnitude = ops.minimum(ops.abs(w), self.gamma * self.lam)
+        return ops.sum(
+            self.lam * magnitude - ops.square(magnitude) / (2 * self.gamma)
+        )
+
+    def get_config(self):
+        return {**super().get_config(), "lam": self.lam, "gamma": self.gamma}

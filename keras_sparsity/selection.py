@@ -1,0 +1,153 @@
+"""Which weights of a layer, which layers of a model, and the reason when not.
+
+Whatever governs a weight, a regularizer or a wrapper, is a `keras.Layer` with one
+method, `governed_weights()`. Everything else in the package asks only that.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, TypeAlias
+
+import keras
+
+Filters: TypeAlias = str | Sequence[str] | Callable[[Any], bool] | None
+
+# Optimizers see variables and nothing else, so the name must tell.
+_METHOD_VARIABLE = re.compile(r"(halo|sws|ltp|magnitude|keep)_(scale|threshold|mask|step)")
+
+
+class Governed(NamedTuple):
+    """A weight that a method governs, and what inference makes of it.
+
+    Attributes:
+        variable: The `keras.Variable` that is stored and trained.
+        method: Name of the method, such as `"LTP"`.
+        effective: Float32 tensor of the variable's shape: the values that inference
+            computes with.
+        threshold: Scalar tensor: a weight is kept where `w**2` is larger. `None` for
+            methods without a threshold.
+    """
+
+    variable: keras.Variable
+    method: str
+    effective: Any
+    threshold: Any = None
+
+
+def walk(layer) -> list:
+    """`layer` and all the layers in it, at any depth, each once."""
+    # The one private attribute here: public `layers` exists on models only.
+    return layer._flatten_layers()
+
+
+def governors(layer) -> list:
+    """The wrappers and regularizers in `layer`, itself included, that govern."""
+    return [inner for inner in walk(layer) if hasattr(inner, "governed_weights")]
+
+
+def check_ungoverned(layer, wrapper: str) -> None:
+    """Raises a `ValueError` if something in `layer` governs its weights already."""
+    for governor in governors(layer):
+        raise ValueError(
+            f"Argument `layer` of {wrapper} must be a layer whose weights nothing "
+            f"governs yet. Received: layer '{layer.name}', which has a "
+            f"{type(governor).__name__}. Take the layer within, or call `finalize` on "
+            "the model first."
+        )
+
+
+def governed_weights(layer) -> list[Governed]:
+    """Every governed weight in `layer`, once each, in the order of `layer.weights`."""
+    found = {}
+    for governor in governors(layer):
+        for governed in governor.governed_weights():
+            found.setdefault(id(governed.variable), governed)
+    return [found[id(v)] for v in layer.weights if id(v) in found]
+
+
+def is_method_variable(variable) -> bool:
+    """Whether `variable` is a method's own: a scale, a threshold, a mask, a step."""
+    return _METHOD_VARIABLE.match(variable.name) is not None
+
+
+def plain_weights(layer) -> list:
+    """`layer.weights` without the methods' own: those of the layer before."""
+    return [w for w in layer.weights if not is_method_variable(w)]
+
+
+def is_prunable(variable) -> bool:
+    """Whether `variable` is the kind of weight that methods govern by default."""
+    return (
+        len(variable.shape) >= 2
+        and "float" in keras.backend.standardize_dtype(variable.dtype)
+        and not is_method_variable(variable)
+    )
+
+
+def prunable(layer) -> list:
+    """The trainable floating-point weights of rank 2 or more in `layer`."""
+    return [w for w in layer.trainable_weights if is_prunable(w)]
+
+
+def name_within(layer, variable) -> str:
+    """The path of `variable` below `layer`, the same before and after reloading."""
+    return variable.path.removeprefix(f"{layer.path}/")
+
+
+def choose(layer, variables: str | Callable[[Any], bool] | None = None) -> list:
+    """The weights of `layer` to govern.
+
+    Args:
+        layer: A built layer.
+        variables: `None` for every prunable weight; a regular expression that is
+            searched in the name of each and in its path within the layer; or a
+            predicate on the variable.
+
+    Raises:
+        ValueError: If nothing is left to govern.
+    """
+    candidates = prunable(layer)
+    if callable(variables):
+        chosen = [w for w in candidates if variables(w)]
+    elif variables is not None:
+        chosen = [
+            w
+            for w in candidates
+            if re.search(variables, w.name)
+            or re.search(variables, name_within(layer, w))
+        ]
+    else:
+        chosen = candidates
+    if not chosen:
+        weights = [f"{name_within(layer, w)} {tuple(w.shape)}" for w in layer.weights]
+        raise ValueError(
+            f"Layer '{layer.name}' (of type {type(layer).__name__}) has nothing to "
+            "govern. Expected a trainable weight of rank 2 or more"
+            + (f" that `variables={variables!r}` selects" if variables else "")
+            + f". Received weights: {', '.join(weights) or 'none'}"
+            + ("" if layer.trainable else " (the layer is frozen)")
+        )
+    return chosen
+
+
+def check_filters(filters: Filters) -> None:
+    """Raises a `TypeError` unless `filters` is something that can be matched."""
+    if isinstance(filters, Sequence) and not isinstance(filters, str):
+        valid = all(isinstance(pattern, str) for pattern in filters)
+    else:
+        valid = filters is None or isinstance(filters, str) or callable(filters)
+    if not valid:
+        raise TypeError(
+            "Argument `filters` must be None, a regex, a list of regexes, or a "
+            f"callable of a layer. Received: filters={filters!r}"
+        )
+
+
+def matches(layer, filters: Filters) -> bool:
+    """Whether `filters` select `layer`: as in `keras.Model.quantize`."""
+    if filters is None:
+        return True
+    if callable(filters):
+        return bool(filters(layer))
+    patterns = [filters] if isinstance(filters, str) else filters
+    return any(re.search(pattern, layer.name) for pattern in patterns)

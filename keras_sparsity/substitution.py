@@ -1,0 +1,164 @@
+"""A layer reads given tensors in place of its variables."""
+
+import keras
+from keras import tree
+
+from keras_sparsity.selection import check_ungoverned, choose
+
+
+def call_with(layer, substitutes, *args, **kwargs):
+    """Calls `layer` with tensors in place of some of its variables.
+
+    Args:
+        layer: A built `keras.Layer`.
+        substitutes: List of pairs `(variable, tensor)`; the tensor is cast to the
+            type in which the layer reads the variable.
+        *args, **kwargs: What `layer` is called with.
+
+    Returns:
+        A tuple `(outputs, losses)`. The losses that the layer added are for the
+        caller to add again: the scope that carries the substitutes keeps them.
+    """
+    # A nested scope inherits nothing from an outer one, so every variable is mapped.
+    # What the layer updates (batch statistics, seeds, metrics) is handed back.
+    state = {id(v): v for v in [*layer.variables, *layer.metrics_variables]}
+    mapping = {key: (v, v.value) for key, v in state.items()}
+    mapping.update({id(v): (v, tensor) for v, tensor in substitutes})
+    with keras.StatelessScope(list(mapping.values()), collect_losses=True) as scope:
+        given = {key: scope.get_current_value(v) for key, v in state.items()}
+        outputs = layer(*args, **kwargs)
+    # Otherwise the layer would count these losses too, beside the caller. There is no
+    # public way to make a layer forget the losses of a call.
+    layer._clear_losses()
+    for key, variable in state.items():
+        value = scope.get_current_value(variable)
+        if value is not given[key]:
+            variable.assign(value)
+    return outputs, scope.losses
+
+
+class TransparentWrapper(keras.layers.Wrapper):
+    """Base of the wrappers: built, called and saved like the layer within.
+
+    The wrapper takes the name of its layer, so that the names of a model's outputs,
+    losses and metrics stay what they are. It has no precision of its own: it reads
+    weights in float32, and its layer casts them to its own compute type.
+
+    Args:
+        layer: The `keras.Layer` to wrap, built or not.
+        **kwargs: `name` and `trainable`, as for any layer.
+    """
+
+    def __init__(self, layer, **kwargs):
+        if isinstance(layer, keras.Layer):  # `Wrapper` refuses what is none
+            check_ungoverned(layer, type(self).__name__)
+            kwargs.setdefault("name", layer.name)
+        super().__init__(layer, dtype="float32", autocast=False, **kwargs)
+        self.supports_masking = layer.supports_masking
+
+    def __call__(self, *args, **kwargs):
+        if not self.layer.built:
+            # Keras gives `build` the shape of the first input only; a symbolic call
+            # builds layers of any signature (attention, several inputs).
+            with keras.name_scope(self.name):
+                self.layer(*_symbolic(args), **_symbolic(kwargs))
+        return super().__call__(*args, **kwargs)
+
+    # Keras inspects these two signatures.
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+
+    def call(self, inputs, *args, training=None, **kwargs):
+        # The layer takes `training` from the call context, if it has it at all.
+        return self.layer(inputs, *args, **kwargs)
+
+    def compute_mask(self, inputs, previous_mask):
+        return self.layer.compute_mask(inputs, previous_mask)
+
+    def compute_output_shape(self, *args, **kwargs):
+        return self.layer.compute_output_shape(*args, **kwargs)
+
+    def compute_output_spec(self, *args, **kwargs):
+        # `Layer` would take the shape from above and the wrapper's own type, which is
+        # not the layer's in mixed precision. Tracing `call` gives both.
+        return keras.Operation.compute_output_spec(self, *args, **kwargs)
+
+    def get_config(self):
+        config = super().get_config()
+        del config["dtype"]
+        return config
+
+
+class SubstitutingWrapper(TransparentWrapper):
+    """Base of the wrappers whose layer computes with other weights than it stores.
+
+    A subclass creates its own variables in `build_gates(variables)` and returns the
+    tensors to compute with from `effective_weights(training)`, one for each of `gated`.
+
+    Args:
+        layer: The `keras.Layer` to wrap, built or not.
+        variables: Which weights: see `selection.choose`.
+        **kwargs: `name` and `trainable`, as for any layer.
+    """
+
+    def __init__(self, layer, variables=None, **kwargs):
+        super().__init__(layer, **kwargs)
+        if not (variables is None or isinstance(variables, str) or callable(variables)):
+            raise TypeError(
+                "Argument `variables` must be None, a regex, or a callable of a "
+                f"variable. Received: variables={variables!r}"
+            )
+        self.variables_to_gate = variables
+        # In an object of its own, where Keras does not track it: a list of variables
+        # as an attribute of a layer is stored once more in every file.
+        self._gated = _Untracked()
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        self._gated.variables = choose(self.layer, self.variables_to_gate)
+        self.build_gates(self._gated.variables)
+
+    @property
+    def gated(self) -> list:
+        """The variables of the layer that are gated."""
+        return list(self._gated.variables)
+
+    def build_gates(self, variables):
+        raise NotImplementedError
+
+    def effective_weights(self, training) -> list:
+        raise NotImplementedError
+
+    def call(self, inputs, *args, training=None, **kwargs):
+        weights = zip(self.gated, self.effective_weights(training), strict=True)
+        outputs, losses = call_with(self.layer, weights, inputs, *args, **kwargs)
+        if losses:
+            self.add_loss(sum(losses))
+        return outputs
+
+    def get_config(self):
+        variables = self.variables_to_gate
+        if callable(variables):
+            variables = keras.saving.serialize_keras_object(variables)
+        return {**super().get_config(), "variables": variables}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        if isinstance(config["variables"], dict):
+            config["variables"] = keras.saving.deserialize_keras_object(
+                config["variables"], custom_objects=custom_objects
+            )
+        return super().from_config(config, custom_objects=custom_objects)
+
+
+class _Untracked:
+    variables: tuple = ()
+
+
+def _symbolic(structure):
+    return tree.map_structure(
+        lambda x: keras.KerasTensor(x.shape, x.dtype) if hasattr(x, "shape") else x,
+        structure,
+    )

@@ -1,0 +1,426 @@
+"""Layers around layers: LTP, MagnitudePruning, KeepZeros and Penalized."""
+
+import math
+
+import keras
+from keras import ops
+
+from keras_sparsity.checks import check_number
+from keras_sparsity.selection import Governed, choose, name_within
+from keras_sparsity.substitution import SubstitutingWrapper, TransparentWrapper
+
+# The largest part of the largest w**2 that a threshold can take: a layer always keeps
+# its largest weight, and gradients still reach it when the threshold rests there.
+_HIGHEST = 1 - 2**-10
+
+# A kernel of equal values has no spread to measure thresholds with. This relative
+# floor on its variance leaves its gates open.
+_SMALLEST_VARIANCE = 1e-6
+
+
+def magnitude_variance(squares, w):
+    """`Var(|w|)`, the population variance, as a float32 scalar > 0."""
+    mean_square = ops.mean(squares)
+    variance = mean_square - ops.square(ops.mean(ops.abs(w)))
+    floor = _SMALLEST_VARIANCE * mean_square + keras.config.epsilon() ** 4
+    return ops.maximum(variance, floor)
+
+
+def _variable_suffix(layer, variable):
+    return name_within(layer, variable).replace("/", "_")
+
+
+@keras.saving.register_keras_serializable("keras_sparsity")
+class LTP(SubstitutingWrapper):
+    """Learned threshold pruning: a layer that learns which of its weights to keep.
+
+    Every gated weight tensor has one trainable threshold. With
+    `m = sigmoid((w**2 - tau) / T)` and `T = temperature * Var(|w|)`, the layer computes
+
+    ```
+    w * m                  in training (the soft gate)
+    w * (w**2 > tau)       in inference (the hard gate)
+    ```
+
+    and adds `l0 * sum(m)`, an estimate of the number of weights kept, to the loss. The
+    gate is constant with respect to `w` in every gradient, as in the paper: weights
+    get `m` times their gradient, thresholds get the exact one.
+
+    `l0` is the price of a weight: at rest a weight is kept if deleting it would
+    raise the loss by more than `l0`, to first order.
+
+    The layer is called, built, saved and cloned like the layer in it and takes its
+    name. A threshold is never negative and never above the largest `w**2`: the largest
+    weight is always kept. A tie with the threshold is pruned. Where all magnitudes are
+    equal, all weights are kept. Weights and gates are float32 under every dtype policy;
+    only the product is cast to the layer's compute type.
+
+    Args:
+        layer: The `keras.Layer` to prune: any that has a trainable weight of rank 2 or
+            more.
+        l0: Float >= 0, the coefficient of the number of weights. It adds up over
+            weights, so useful values are small: 1e-6 to 3e-5.
+        temperature: Float > 0, the width of the soft gate in units of `Var(|w|)`.
+            Defaults to 1e-2.
+        initial_threshold: Float >= 0, in `threshold_units`. Defaults to 0: nothing is
+            pruned at the start.
+        threshold_units: `"variance"`: the threshold is `tau / Var(|w|)`, of which
+            every layer can have the same and one learning rate serves all; or
+            `"absolute"`, the paper's: the threshold is `tau`. Defaults to
+            `"variance"`.
+        variables: Which weights to gate: `None` for every trainable weight of rank 2
+            or more (some layers have biases of rank 2: `"kernel"` leaves them out), a
+            regular expression that is searched in their names, or a predicate on the
+            variable. Defaults to `None`.
+        **kwargs: `name` (defaults to the layer's) and `trainable`.
+
+    Attributes:
+        thresholds: List of float32 scalar variables, one for each gated weight, named
+            `ltp_threshold_...`, in `threshold_units`.
+
+    Raises:
+        ValueError: If an argument is out of its range, if the layer has nothing to
+            gate (when it is built), or if its weights are governed already.
+
+    Example:
+
+    ```python
+    x = LTP(keras.layers.Conv2D(64, 3), l0=1e-6)(x)
+    ```
+
+    Reference:
+
+    - [Azarian et al., Learned Threshold Pruning](https://arxiv.org/abs/2003.00075),
+        section 3. The units of the variance are this package's.
+    """
+
+    def __init__(
+        self,
+        layer,
+        l0,
+        temperature=1e-2,
+        initial_threshold=0.0,
+        threshold_units="variance",
+        variables=None,
+        **kwargs,
+    ):
+        super().__init__(layer, variables=variables, **kwargs)
+        self.l0 = check_number("l0", l0, at_least=0)
+        self.temperature = check_number("temperature", temperature, above=0)
+        self.initial_threshold = check_number(
+            "initial_threshold", initial_threshold, at_least=0
+        )
+        if threshold_units not in ("variance", "absolute"):
+            raise ValueError(
+                'Argument `threshold_units` must be "variance" or "absolute". '
+                f"Received: threshold_units={threshold_units!r}"
+            )
+        self.threshold_units = threshold_units
+
+    def build_gates(self, variables):
+        self.thresholds = [
+            self.add_weight(
+                name=f"ltp_threshold_{_variable_suffix(self.layer, variable)}",
+                shape=(),
+                dtype="float32",
+                initializer=keras.initializers.Constant(self.initial_threshold),
+                # A regularizer is counted once however often the layer is called.
+                regularizer=self._price_of(variable),
+                constraint="non_neg",
+                autocast=False,
+            )
+            for variable in variables
+        ]
+
+    def _price_of(self, variable):
+        return lambda threshold: self.l0 * ops.sum(self._soft_gate(variable, threshold))
+
+    def _measure(self, variable, threshold):
+        """Squares of the weights and what they are compared with, in `w**2` units."""
+        w = ops.stop_gradient(ops.cast(variable, "float32"))
+        squares = ops.square(w)
+        variance = magnitude_variance(squares, w)
+        unit = variance if self.threshold_units == "variance" else 1.0
+        tau = ops.minimum(threshold * unit, _HIGHEST * ops.max(squares))
+        return squares, tau, variance
+
+    def _soft_gate(self, variable, threshold):
+        squares, tau, variance = self._measure(variable, threshold)
+        return ops.sigmoid((squares - tau) * (1 / (self.temperature * variance)))
+
+    def effective_weights(self, training):
+        weights = []
+        for variable, threshold in zip(self.gated, self.thresholds, strict=True):
+            w = ops.cast(variable, "float32")
+            if training:
+                weights.append(w * self._soft_gate(variable, threshold))
+            else:
+                squares, tau, _ = self._measure(variable, threshold)
+                weights.append(ops.where(squares > tau, w, 0.0))
+        return weights
+
+    def governed_weights(self):
+        """What inference computes with: see `selection.Governed`."""
+        return [
+            Governed(variable, "LTP", effective, self._measure(variable, threshold)[1])
+            for variable, effective, threshold in zip(
+                self.gated,
+                self.effective_weights(training=False),
+                self.thresholds,
+                strict=True,
+            )
+        ]
+
+    def get_config(self):
+        config = {
+            "l0": self.l0,
+            "temperature": self.temperature,
+            "initial_threshold": self.initial_threshold,
+            "threshold_units": self.threshold_units,
+        }
+        return {**super().get_config(), **config}
+
+
+class _Masked(SubstitutingWrapper):
+    """Base of the wrappers that keep a mask of ones and zeros for every weight."""
+
+    method = ""
+
+    def _mask_initializer(self, variable):
+        return "ones"
+
+    def build_gates(self, variables):
+        self.masks = [
+            self.add_weight(
+                name=f"{self.method}_mask_{_variable_suffix(self.layer, variable)}",
+                shape=variable.shape,
+                dtype="bool",
+                initializer=self._mask_initializer(variable),
+                trainable=False,
+            )
+            for variable in variables
+        ]
+
+    def effective_weights(self, training):
+        return [
+            ops.where(ops.convert_to_tensor(mask), ops.cast(variable, "float32"), 0.0)
+            for variable, mask in zip(self.gated, self.masks, strict=True)
+        ]
+
+    def governed_weights(self):
+        """What inference computes with: see `selection.Governed`."""
+        return [
+            Governed(variable, type(self).__name__, effective)
+            for variable, effective in zip(
+                self.gated, self.effective_weights(training=False), strict=True
+            )
+        ]
+
+
+@keras.saving.register_keras_serializable("keras_sparsity")
+class KeepZeros(_Masked):
+    """A layer whose zero weights stay zero, whatever the optimizer does to them.
+
+    ```
+    kernel * mask          in training and in inference
+    ```
+
+    The mask is 1 where the weight was not zero when the wrapper was built around a
+    built layer, and is saved with it. It is for fine-tuning a pruned model: momentum
+    and weight decay move a stored weight even where its gradient is zero.
+
+    Args:
+        layer: The built `keras.Layer` whose zeros to keep.
+        variables: Which weights have masks: see `LTP`. Defaults to `None`, every
+            trainable weight of rank 2 or more.
+        **kwargs: `name` (defaults to the layer's) and `trainable`.
+
+    Attributes:
+        masks: List of boolean variables, one for each such weight.
+
+    Raises:
+        ValueError: If the layer has no such weight, or its weights are governed
+            already.
+
+    Example:
+
+    ```python
+    tuned = ks.finalize(model, keep_zeros=True)   # KeepZeros around governed layers
+    tuned.compile("adamw", "mse")
+    tuned.fit(x, y)
+    small = ks.finalize(tuned)                    # a plain model again
+    ```
+    """
+
+    method = "keep"
+
+    def _mask_initializer(self, variable):
+        return lambda shape, dtype: ops.not_equal(variable, 0)
+
+    def keep_zeros(self):
+        """Makes the mask anew from the zeros that the weights have now."""
+        for variable, mask in zip(self.gated, self.masks, strict=True):
+            mask.assign(ops.not_equal(variable, 0))
+
+
+@keras.saving.register_keras_serializable("keras_sparsity")
+class MagnitudePruning(_Masked):
+    """Gradual magnitude pruning: the layer's smallest weights become zero on a schedule.
+
+    ```
+    kernel * mask,   mask = |kernel| > the floor(schedule(step) * size)-th smallest
+    ```
+
+    Every weight tensor is pruned to the same sparsity. The step is counted, and the
+    mask made anew, in the training calls of the layer itself, so no callback is
+    needed; a layer that is called twice in a step counts two.
+
+    Args:
+        layer: The `keras.Layer` to prune.
+        schedule: `CubicSparsity`, `ConstantSparsity` or any registered serializable
+            callable of the step with an attribute `frequency`.
+        variables: Which weights to prune: see `LTP`. Defaults to `None`, every
+            trainable weight of rank 2 or more.
+        **kwargs: `name` (defaults to the layer's) and `trainable`.
+
+    Raises:
+        TypeError: If the schedule is not callable.
+        ValueError: If the layer has nothing to prune, or is governed already.
+
+    Example:
+
+    ```python
+    x = MagnitudePruning(keras.layers.Dense(300), CubicSparsity(0.95, 6000))(x)
+    ```
+
+    Reference:
+
+    - [Zhu and Gupta, To prune, or not to prune](https://arxiv.org/abs/1710.01878).
+    """
+
+    method = "magnitude"
+
+    def __init__(self, layer, schedule, variables=None, **kwargs):
+        super().__init__(layer, variables=variables, **kwargs)
+        if not callable(schedule):
+            raise TypeError(
+                "Argument `schedule` must be a callable of the step, such as "
+                f"`CubicSparsity`. Received: schedule={schedule!r}"
+            )
+        self.schedule = schedule
+
+    def build_gates(self, variables):
+        super().build_gates(variables)
+        self.step = self.add_weight(
+            name="magnitude_step",
+            shape=(),
+            dtype="int32",
+            initializer="zeros",
+            trainable=False,
+            aggregation="only_first_replica",
+        )
+
+    def effective_weights(self, training):
+        if training:
+            step = ops.convert_to_tensor(self.step)
+            is_due = ops.equal(ops.mod(step, self.schedule.frequency), 0)
+            sparsity = self.schedule(step)
+            for variable, mask in zip(self.gated, self.masks, strict=True):
+                magnitude = ops.abs(ops.stop_gradient(ops.cast(variable, "float32")))
+                mask.assign(
+                    ops.cond(
+                        is_due,
+                        lambda m=magnitude: _largest(m, sparsity),
+                        lambda m=mask: ops.convert_to_tensor(m),
+                    )
+                )
+            self.step.assign(step + 1)
+        return super().effective_weights(training)
+
+    def get_config(self):
+        schedule = keras.saving.serialize_keras_object(self.schedule)
+        return {**super().get_config(), "schedule": schedule}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        config["schedule"] = keras.saving.deserialize_keras_object(
+            config["schedule"], custom_objects=custom_objects
+        )
+        return super().from_config(config, custom_objects=custom_objects)
+
+
+def _largest(magnitude, sparsity):
+    """Mask of the entries above the `floor(sparsity * size)`-th smallest."""
+    size = math.prod(magnitude.shape)
+    ordered = ops.sort(ops.reshape(magnitude, (-1,)))
+    zeros = ops.cast(ops.floor(sparsity * size), "int32")
+    threshold = ops.take(ordered, ops.maximum(zeros - 1, 0))
+    return ops.where(zeros > 0, magnitude > threshold, True)
+
+
+@keras.saving.register_keras_serializable("keras_sparsity")
+class Penalized(TransparentWrapper):
+    """A layer in which every kernel has a regularizer of its own.
+
+    For layers whose config has one regularizer for several kernels, as
+    `MultiHeadAttention`, or none. A regularizer that a kernel has already is kept: the
+    penalties add up. The layer itself computes what it would without the wrapper.
+
+    Args:
+        layer: The `keras.Layer` to regularize.
+        regularizer: A `keras.regularizers.Regularizer`; every trainable weight of rank
+            2 or more in the layer gets a fresh copy.
+        **kwargs: `name` (defaults to the layer's) and `trainable`.
+
+    Attributes:
+        regularizers: List of the copies, in the order of the layer's weights.
+
+    Raises:
+        TypeError: If `regularizer` is not a regularizer.
+        ValueError: If the layer has nothing to regularize, or is governed already.
+
+    Example:
+
+    ```python
+    attention = keras.layers.MultiHeadAttention(num_heads=4, key_dim=32)
+    x = Penalized(attention, HALO(xi=3e-7, psi=5e-4))(x, x)
+    ```
+    """
+
+    def __init__(self, layer, regularizer, **kwargs):
+        super().__init__(layer, **kwargs)
+        if not isinstance(regularizer, keras.regularizers.Regularizer):
+            raise TypeError(
+                "Argument `regularizer` must be a `keras.regularizers.Regularizer`. "
+                f"Received: regularizer={regularizer!r}"
+            )
+        # Never called itself; a plain dict, so that its layer, if it is one, is not
+        # a part of this one.
+        self._prototype = keras.saving.serialize_keras_object(regularizer)
+
+    def build(self, input_shape=None):
+        super().build(input_shape)
+        self.regularizers = []
+        for kernel in choose(self.layer):
+            copy = keras.saving.deserialize_keras_object(self._prototype)
+            self.regularizers.append(copy)
+            copy(kernel)  # creates its scale now
+            kernel.regularizer = _both(kernel.regularizer, copy)
+
+    def get_config(self):
+        return {**super().get_config(), "regularizer": self._prototype}
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        config["regularizer"] = keras.saving.deserialize_keras_object(
+            config["regularizer"], custom_objects=custom_objects
+        )
+        return super().from_config(config, custom_objects=custom_objects)
+
+
+def _both(first, second):
+    if first is None:
+        return second
+    return lambda kernel: first(kernel) + second(kernel)
