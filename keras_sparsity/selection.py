@@ -35,9 +35,59 @@ class Governed(NamedTuple):
 
 
 def walk(layer) -> list:
-    """`layer` and all the layers in it, at any depth, each once."""
+    """`layer` and all the layers in it, at any depth, each once, parents first."""
+    found = {id(layer): layer}
     # The one private attribute here: public `layers` exists on models only.
-    return layer._flatten_layers()
+    for inner in layer._layers:
+        found.update((id(each), each) for each in walk(inner) if id(each) not in found)
+    return list(found.values())
+
+
+def check_model(model, function: str) -> None:
+    """Raises unless `model` is a built Sequential or Functional model."""
+    if not isinstance(model, keras.Model):
+        raise TypeError(
+            f"Argument `model` of `{function}` must be a `keras.Model`. "
+            f"Received: model={model!r}"
+        )
+    if not is_rewritable(model):
+        raise TypeError(
+            f"Argument `model` of `{function}` must be a Sequential or Functional "
+            f"model. Received the subclassed model {type(model).__name__}: its layers "
+            "are called by its own code, which nothing can rewrite. Use the methods in "
+            "that code:\n"
+            "    self.dense = keras_sparsity.LTP(keras.layers.Dense(64), l0=1e-6)\n"
+            "    self.dense = keras.layers.Dense(\n"
+            "        64, kernel_regularizer=keras_sparsity.HALO(xi=3e-7, psi=5e-4)\n"
+            "    )"
+        )
+    if not model.built:
+        raise ValueError(
+            f"Argument `model` of `{function}` must be built. Received a model "
+            "without weights yet: give it a `keras.Input`, or call it on data first."
+        )
+
+
+def is_rewritable(layer) -> bool:
+    """Whether `layer` is a model whose graph of layers is known."""
+    return isinstance(layer, (keras.Sequential, keras.Function))
+
+
+def leaves(model) -> list:
+    """The layers of `model` and of the models in it that are no such models, once."""
+    found = {}
+    for layer in model.layers:
+        inner = leaves(layer) if is_rewritable(layer) else [layer]
+        found.update((id(leaf), leaf) for leaf in inner)
+    return list(found.values())
+
+
+def no_match(model, filters: Filters) -> str:
+    """What to say where `filters` select nothing."""
+    return (
+        "Argument `filters` must match a layer. Received: "
+        f"filters={filters!r}, and the layers are {[v.name for v in leaves(model)]}."
+    )
 
 
 def governors(layer) -> list:
@@ -90,8 +140,11 @@ def prunable(layer) -> list:
 
 
 def name_within(layer, variable) -> str:
-    """The path of `variable` below `layer`, the same before and after reloading."""
-    return variable.path.removeprefix(f"{layer.path}/")
+    """The names of the layers from `layer` down to `variable`, and its own."""
+    for inner in layer._layers:
+        if any(w is variable for w in inner.weights):
+            return f"{inner.name}/{name_within(inner, variable)}"
+    return variable.name
 
 
 def choose(layer, variables: str | Callable[[Any], bool] | None = None) -> list:

@@ -37,6 +37,17 @@ def call_with(layer, substitutes, *args, **kwargs):
     return outputs, scope.losses
 
 
+class Untracked:
+    """Holds variables for a layer that does not own them.
+
+    Keras tracks a list of variables that is an attribute of a layer, and stores them
+    in every file once more.
+    """
+
+    def __init__(self, variables):
+        self.variables = list(variables)
+
+
 class TransparentWrapper(keras.layers.Wrapper):
     """Base of the wrappers: built, called and saved like the layer within.
 
@@ -110,19 +121,16 @@ class SubstitutingWrapper(TransparentWrapper):
                 f"variable. Received: variables={variables!r}"
             )
         self.variables_to_gate = variables
-        # In an object of its own, where Keras does not track it: a list of variables
-        # as an attribute of a layer is stored once more in every file.
-        self._gated = _Untracked()
 
     def build(self, input_shape=None):
         super().build(input_shape)
-        self._gated.variables = choose(self.layer, self.variables_to_gate)
+        self._gated = Untracked(choose(self.layer, self.variables_to_gate))
         self.build_gates(self._gated.variables)
 
     @property
     def gated(self) -> list:
         """The variables of the layer that are gated."""
-        return list(self._gated.variables)
+        return self._gated.variables
 
     def build_gates(self, variables):
         raise NotImplementedError
@@ -151,10 +159,6 @@ class SubstitutingWrapper(TransparentWrapper):
                 config["variables"], custom_objects=custom_objects
             )
         return super().from_config(config, custom_objects=custom_objects)
-
-
-class _Untracked:
-    variables: tuple = ()
 
 
 def _symbolic(structure):

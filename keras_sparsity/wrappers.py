@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_sparsity.checks import check_number
 from keras_sparsity.selection import Governed, choose, name_within
-from keras_sparsity.substitution import SubstitutingWrapper, TransparentWrapper
+from keras_sparsity.substitution import SubstitutingWrapper, TransparentWrapper, Untracked
 
 # The largest part of the largest w**2 that a threshold can take: a layer always keeps
 # its largest weight, and gradients still reach it when the threshold rests there.
@@ -402,11 +402,21 @@ class Penalized(TransparentWrapper):
     def build(self, input_shape=None):
         super().build(input_shape)
         self.regularizers = []
-        for kernel in choose(self.layer):
+        self._kernels = Untracked(choose(self.layer))
+        for kernel in self._kernels.variables:
             copy = keras.saving.deserialize_keras_object(self._prototype)
             self.regularizers.append(copy)
             copy(kernel)  # creates its scale now
             kernel.regularizer = _both(kernel.regularizer, copy)
+
+    def governed_weights(self):
+        """What inference computes with: see `selection.Governed`."""
+        return [
+            Governed(kernel, type(copy).__name__, ops.cast(kernel, "float32"))
+            for kernel, copy in zip(
+                self._kernels.variables, self.regularizers, strict=True
+            )
+        ]
 
     def get_config(self):
         return {**super().get_config(), "regularizer": self._prototype}

@@ -1,0 +1,354 @@
+"""From a dense model to a sparse one, and from that to a plain one."""
+
+import functools
+import math
+import re
+
+import keras
+import numpy as np
+from keras import ops
+
+from keras_sparsity.checks import check_sparsity
+from keras_sparsity.rebuild import Rebuilt, clone, copy_state
+from keras_sparsity.selection import (
+    Governed,
+    check_filters,
+    check_model,
+    governed_weights,
+    governors,
+    leaves,
+    matches,
+    no_match,
+    plain_weights,
+    prunable,
+    walk,
+)
+from keras_sparsity.wrappers import KeepZeros, Penalized
+
+
+def sparsify(model, method, filters=None):
+    """A new model of the same weights, in which a method governs the layers' weights.
+
+    The model may be Sequential or Functional, nested, branching, trained or not; a
+    layer that is shared stays shared. A layer with nothing to govern, a frozen one and
+    one that is governed already stay as they are, and so does one that the method
+    cannot handle: `report` says why. Models in the model are gone into, every other
+    layer is taken whole.
+
+    Args:
+        model: A built Sequential or Functional `keras.Model`.
+        method: A `keras.regularizers.Regularizer`, of which every kernel (trainable
+            weight of rank 2 or more) gets a fresh copy; or a callable that takes a
+            layer and returns a layer, such as `functools.partial(LTP, l0=1e-6)`.
+        filters: Which layers: `None` for all, a regex that is searched in their names,
+            a list of such, or a callable `layer -> bool`. Defaults to `None`.
+
+    Returns:
+        An uncompiled model that shares nothing with `model`.
+
+    Raises:
+        TypeError: If the model is subclassed, or `method` or `filters` is something
+            else.
+        ValueError: If the model is not built, if `filters` match no layer, or if the
+            method can handle none of those that they match.
+
+    Example:
+
+    ```python
+    model = ks.sparsify(model, ks.HALO(xi=3e-7, psi=5e-4))
+    model = ks.sparsify(model, functools.partial(ks.LTP, l0=1e-6), filters="conv")
+    ```
+    """
+    check_model(model, "sparsify")
+    check_filters(filters)
+    if isinstance(method, keras.regularizers.Regularizer):
+        wrap = functools.partial(_penalize, regularizer=method)
+    elif callable(method) and not isinstance(method, keras.Layer):
+        wrap = functools.partial(_wrap, method=method)
+    else:
+        raise TypeError(
+            "Argument `method` must be a `keras.regularizers.Regularizer` or a callable "
+            f"that takes a layer and returns a layer. Received: method={method!r}"
+        )
+    selected = [layer for layer in leaves(model) if matches(layer, filters)]
+    if not selected:
+        raise ValueError(no_match(model, filters))
+    candidates = {
+        id(layer) for layer in selected if prunable(layer) and not governors(layer)
+    }
+
+    def convert(layer):
+        return wrap(layer) if id(layer) in candidates else clone(layer)
+
+    rebuilt = Rebuilt(model, convert)
+    if candidates and len(rebuilt.errors) == len(candidates):
+        name, error = next(iter(rebuilt.errors.items()))
+        raise ValueError(
+            "Argument `method` must be able to handle one of the layers "
+            f"{list(rebuilt.errors)}. Received for layer '{name}': {error}"
+        )
+    # Scales are made when a penalty is computed first; an optimizer must find them.
+    _ = rebuilt.model.losses
+    for old, new in rebuilt.layers:
+        copy_state(old, new)
+    return rebuilt.model
+
+
+def _wrap(layer, method):
+    wrapped = method(clone(layer))
+    if not isinstance(wrapped, keras.Layer):
+        raise TypeError(
+            "Argument `method` must be a callable that returns a `keras.Layer`. "
+            f"Received for layer '{layer.name}': {wrapped!r}"
+        )
+    return wrapped
+
+
+class _Tag(keras.regularizers.Regularizer):
+    """Shows which weight an argument of a layer regularizes."""
+
+    def __init__(self, argument):
+        self.argument = argument
+
+
+def _penalize(layer, regularizer):
+    """A layer like `layer`, with a copy of `regularizer` for each of its kernels."""
+    # A regularizer that cannot say what it governs needs a wrapper that can.
+    if hasattr(regularizer, "governed_weights"):
+        arguments = _regularizer_arguments(layer)
+        if arguments:
+            copies = {name: clone(regularizer) for name in arguments}
+            return type(layer).from_config({**layer.get_config(), **copies})
+    return Penalized(clone(layer), regularizer)
+
+
+def _regularizer_arguments(layer):
+    """The arguments of `layer` that regularize its kernels one by one; else none.
+
+    The layer is asked, not known: in one of the same config every free argument gets a
+    tag, and its kernels tell which tag they were given.
+    """
+    config = layer.get_config()
+    free = [k for k, v in config.items() if k.endswith("_regularizer") and v is None]
+    probe = type(layer).from_config({**config, **{k: _Tag(k) for k in free}})
+    probe.build_from_config(layer.get_build_config())
+    tags = [kernel.regularizer for kernel in prunable(probe)]
+    arguments = {tag.argument for tag in tags if isinstance(tag, _Tag)}
+    return arguments if len(arguments) == len(tags) else set()
+
+
+def finalize(model, keep_zeros=False):
+    """A new plain Keras model that computes what the sparse model does in inference.
+
+    Gates and masks are baked into the weights, scales and thresholds are gone. Nothing
+    of this package is in the model: its file loads with Keras alone. Names of layers
+    and order of weights are those of the model before `sparsify`.
+
+    Args:
+        model: A built Sequential or Functional `keras.Model`.
+        keep_zeros: Boolean: `True` for a model to fine-tune, in which the governed
+            layers are in `KeepZeros`. A second `finalize` gives the plain model.
+
+    Returns:
+        An uncompiled model that shares nothing with `model`.
+
+    Raises:
+        TypeError: If the model is subclassed.
+        ValueError: If the model is not built, or a governed weight is NaN.
+
+    Example:
+
+    ```python
+    small = ks.finalize(model)
+    small.save("small.keras")
+    ```
+    """
+    check_model(model, "finalize")
+    values = {
+        id(governed.variable): _effective(governed)
+        for governed in governed_weights(model)
+    }
+    return _plain(model, values, keep_zeros)
+
+
+def prune(model, sparsity, scope="global", filters=None):
+    """A new plain model in which the smallest weights are zero.
+
+    ```
+    floor(sparsity * N) of the N effective weights that are selected are zero
+    ```
+
+    Selected are the governed weights; all trainable weights of rank 2 or more where
+    nothing is governed. Effective is what inference computes with: weights that a gate
+    has closed are zero already, count, and are never filled again; there may be more
+    of them than asked for. Ties go by position: the order of `model.weights`, and the
+    row-major order in a weight.
+
+    Args:
+        model: A built Sequential or Functional `keras.Model`.
+        sparsity: Float in [0, 1), the part of the selected weights that is zero.
+        scope: `"global"`: one pool of all selected weights; `"layer"`: each layer to
+            that sparsity. Defaults to `"global"`.
+        filters: Which layers: see `sparsify`. Weights of others are not pruned.
+
+    Returns:
+        An uncompiled plain model that shares nothing with `model`: see `finalize`.
+
+    Raises:
+        TypeError: If the model is subclassed, or `filters` is something else.
+        ValueError: If the model is not built, `sparsity` or `scope` is out of range,
+            `filters` match no layer, nothing is selected, or a weight is NaN.
+
+    Example:
+
+    ```python
+    small = ks.prune(model, 0.95)
+    ```
+
+    Reference:
+
+    - [Seto et al., HALO](https://arxiv.org/abs/2008.10183): the last step.
+    """
+    check_model(model, "prune")
+    sparsity = check_sparsity("sparsity", sparsity)
+    if scope not in ("global", "layer"):
+        raise ValueError(
+            f'Argument `scope` must be "global" or "layer". Received: scope={scope!r}'
+        )
+    check_filters(filters)
+    return _plain(model, pruned_values(model, sparsity, scope, filters))
+
+
+def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)):
+    """The compiled metrics of `prune(model, s)` for each `s`.
+
+    Args:
+        model: A compiled Sequential or Functional `keras.Model`.
+        x, y: What `model.evaluate` takes.
+        sparsities: Sequence of floats in [0, 1).
+
+    Returns:
+        A list of dicts, one for each sparsity: `"sparsity"` and the metrics.
+
+    Raises:
+        ValueError: If the model is not compiled; else as `prune`.
+
+    Example:
+
+    ```python
+    for point in ks.pruning_curve(model, x_val, y_val, [0.9, 0.95, 0.98]):
+        print(point["sparsity"], point["accuracy"])
+    ```
+    """
+    check_model(model, "pruning_curve")
+    if not model.compiled:
+        raise ValueError(
+            "Argument `model` of `pruning_curve` must be compiled with the metrics to "
+            "compute. Received a model that is not compiled."
+        )
+    values = [pruned_values(model, check_sparsity("sparsities", s)) for s in sparsities]
+    small = _plain(model, {})
+    small.compile_from_config(model.get_compile_config())
+    variables = dict(zip(map(id, plain_weights(model)), small.weights, strict=True))
+    curve = []
+    for sparsity, weights in zip(sparsities, values, strict=True):
+        for key, value in weights.items():
+            variables[key].assign(value)
+        metrics = small.evaluate(x, y, verbose=0, return_dict=True)
+        curve.append({"sparsity": sparsity, **metrics})
+    return curve
+
+
+def pruned_values(model, sparsity, scope="global", filters=None):
+    """`{id(variable): array}` of the selected weights of `model`, pruned."""
+    governed = {id(g.variable): g for g in governed_weights(model)}
+    selected = [layer for layer in leaves(model) if matches(layer, filters)]
+    if not selected:
+        raise ValueError(no_match(model, filters))
+    pools = []
+    seen = set()
+    for layer in selected:
+        if governed:
+            pool = [governed[id(w)] for w in layer.weights if id(w) in governed]
+        else:
+            pool = [Governed(w, "", ops.cast(w, "float32")) for w in prunable(layer)]
+        pools.append([g for g in pool if id(g.variable) not in seen])
+        seen.update(id(g.variable) for g in pools[-1])
+    if not seen:
+        raise ValueError(
+            "Nothing to prune: expected a governed weight, or a trainable weight of "
+            f"rank 2 or more, in one of the layers {[s.name for s in selected]}. "
+            "Received none."
+        )
+    if scope == "global":
+        pools = [[governed for pool in pools for governed in pool]]
+    # What is governed but not selected keeps its effective values.
+    values = {key: _effective(g) for key, g in governed.items()}
+    for pool in pools:
+        values.update(_prune_pool({id(g.variable): _effective(g) for g in pool}, sparsity))
+    return values
+
+
+def _prune_pool(arrays, sparsity):
+    if not arrays:
+        return {}
+    flat = np.concatenate([a.ravel() for a in arrays.values()])
+    # A stable sort, so that ties go by position.
+    order = np.argsort(np.abs(flat), kind="stable")
+    flat[order[: math.floor(sparsity * flat.size)]] = 0
+    ends = np.cumsum([a.size for a in arrays.values()])[:-1]
+    return {
+        key: part.reshape(a.shape)
+        for (key, a), part in zip(arrays.items(), np.split(flat, ends), strict=True)
+    }
+
+
+def _effective(governed):
+    values = ops.convert_to_numpy(governed.effective)
+    if np.isnan(values).any():
+        raise ValueError(
+            f"Weight '{governed.variable.path}' must be free of NaN. Received "
+            f"{int(np.isnan(values).sum())} NaN of {values.size}: did the training "
+            "diverge?"
+        )
+    return values
+
+
+def _plain(model, values, keep_zeros=False):
+    """`model` without its methods, with `{id(variable): array}` for its weights."""
+    methods = {keras.saving.get_registered_name(type(g)) for g in governors(model)}
+
+    def convert(layer):
+        if not governors(layer):
+            return clone(layer)
+        plain = keras.saving.deserialize_keras_object(
+            _strip(keras.saving.serialize_keras_object(layer), methods)
+        )
+        if not (keep_zeros and governed_weights(layer)):
+            return plain
+        # By the weights' own names: those of layers in layers may be new in each copy.
+        names = {re.escape(g.variable.name) for g in governed_weights(layer)}
+        return KeepZeros(plain, variables=f"^({'|'.join(sorted(names))})$")
+
+    rebuilt = Rebuilt(model, convert)
+    for old, new in rebuilt.layers:
+        copy_state(old, new)
+        for variable, copy in zip(plain_weights(old), plain_weights(new), strict=True):
+            if id(variable) in values:
+                copy.assign(values[id(variable)])
+        for inner in walk(new):
+            if keep_zeros and isinstance(inner, KeepZeros):
+                inner.keep_zeros()
+    return rebuilt.model
+
+
+def _strip(config, methods):
+    """A serialized object without those of `methods`: what a wrapper wraps, or None."""
+    if isinstance(config, dict):
+        if config.get("registered_name") in methods:
+            return _strip(config["config"].get("layer"), methods)
+        # Without build_config, layers are built by their call in the new model.
+        return {k: _strip(v, methods) for k, v in config.items() if k != "build_config"}
+    if isinstance(config, (list, tuple)):
+        return type(config)(_strip(value, methods) for value in config)
+    return config
