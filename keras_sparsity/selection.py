@@ -9,11 +9,15 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeAlias
 
 import keras
+import numpy as np
+from keras import ops
 
 Filters: TypeAlias = str | Sequence[str] | Callable[[Any], bool] | None
 
 # Optimizers see variables and nothing else, so the name must tell.
-_METHOD_VARIABLE = re.compile(r"(halo|sws|ltp|magnitude|keep)_(scale|threshold|mask|step)")
+_METHOD_VARIABLE = re.compile(
+    r"(halo|sws|ltp|magnitude|keep)_(scale|threshold|mask|step)"
+)
 
 
 class Governed(NamedTuple):
@@ -113,6 +117,17 @@ def governed_weights(layer) -> list[Governed]:
         for governed in governor.governed_weights():
             found.setdefault(id(governed.variable), governed)
     return [found[id(v)] for v in layer.weights if id(v) in found]
+
+
+def finite_values(path: str, tensor) -> np.ndarray:
+    """`tensor` as an array, or a `ValueError` that names the weight that is NaN."""
+    values = ops.convert_to_numpy(tensor)
+    if values.dtype.kind not in "iub" and np.isnan(values).any():
+        raise ValueError(
+            f"Weight '{path}' must be free of NaN. Received {np.isnan(values).sum()} "
+            f"NaN among {values.size} values: did the training diverge?"
+        )
+    return values
 
 
 def is_method_variable(variable) -> bool:

@@ -14,6 +14,7 @@ from keras_sparsity.selection import (
     Governed,
     check_filters,
     check_model,
+    finite_values,
     governed_weights,
     governors,
     leaves,
@@ -285,7 +286,8 @@ def pruned_values(model, sparsity, scope="global", filters=None):
     # What is governed but not selected keeps its effective values.
     values = {key: _effective(g) for key, g in governed.items()}
     for pool in pools:
-        values.update(_prune_pool({id(g.variable): _effective(g) for g in pool}, sparsity))
+        arrays = {id(g.variable): _effective(g) for g in pool}
+        values.update(_prune_pool(arrays, sparsity))
     return values
 
 
@@ -304,14 +306,7 @@ def _prune_pool(arrays, sparsity):
 
 
 def _effective(governed):
-    values = ops.convert_to_numpy(governed.effective)
-    if np.isnan(values).any():
-        raise ValueError(
-            f"Weight '{governed.variable.path}' must be free of NaN. Received "
-            f"{int(np.isnan(values).sum())} NaN of {values.size}: did the training "
-            "diverge?"
-        )
-    return values
+    return finite_values(governed.variable.path, governed.effective)
 
 
 def _plain(model, values, keep_zeros=False):

@@ -7,7 +7,11 @@ from keras import ops
 
 from keras_sparsity.checks import check_number
 from keras_sparsity.selection import Governed, choose, name_within
-from keras_sparsity.substitution import SubstitutingWrapper, TransparentWrapper, Untracked
+from keras_sparsity.substitution import (
+    SubstitutingWrapper,
+    TransparentWrapper,
+    Untracked,
+)
 
 # The largest part of the largest w**2 that a threshold can take: a layer always keeps
 # its largest weight, and gradients still reach it when the threshold rests there.
@@ -265,7 +269,7 @@ class KeepZeros(_Masked):
 
 @keras.saving.register_keras_serializable("keras_sparsity")
 class MagnitudePruning(_Masked):
-    """Gradual magnitude pruning: the layer's smallest weights become zero on a schedule.
+    """Gradual magnitude pruning: a layer's smallest weights become zero by schedule.
 
     ```
     kernel * mask,   mask = |kernel| > the floor(schedule(step) * size)-th smallest

@@ -1,0 +1,227 @@
+"""An optimizer that gives scales and thresholds a learning rate of their own."""
+
+import math
+import numbers
+import warnings
+
+import keras
+
+from keras_sparsity.selection import is_method_variable
+
+# Both optimizers must share these, or they would not update in the same steps.
+_SHARED = (
+    "gradient_accumulation_steps",
+    "loss_scale_factor",
+    "use_ema",
+    "ema_momentum",
+    "ema_overwrite_frequency",
+)
+
+
+@keras.saving.register_keras_serializable("keras_sparsity")
+class SparsityOptimizer(keras.optimizers.Optimizer):
+    """Trains scales and thresholds with an optimizer and a learning rate of their own.
+
+    ```
+    weights:                optimizer,           at learning_rate
+    scales and thresholds:  sparsity_optimizer,  at multiplier * learning_rate
+    ```
+
+    `learning_rate` is that of `optimizer` at every step, whatever changes it: a
+    schedule, `LearningRateScheduler`, `ReduceLROnPlateau` or an assignment.
+
+    The two share gradient accumulation, exponential moving averages (a threshold
+    belongs to the weights that it was learned with, so both are averaged) and loss
+    scaling: set these on `optimizer`. They share nothing else. Weight decay never
+    reaches scales and thresholds, and their gradients, sums over whole kernels, are
+    neither clipped by `optimizer` nor part of its `global_clipnorm`. On a model
+    without scales and thresholds this is `optimizer`.
+
+    Tested as `optimizer`: Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Ftrl,
+    Lamb, Lion, Muon, Nadam, RMSprop, ScheduleFreeAdamW and SGD.
+
+    Args:
+        optimizer: A Keras optimizer or its name, for everything but scales and
+            thresholds. `LossScaleOptimizer` goes around a `SparsityOptimizer`, where
+            `compile` puts it under `mixed_float16`, not inside.
+        sparsity_optimizer: A Keras optimizer or its name, for scales and thresholds.
+            A copy is used, with the learning rate and the shared settings above and
+            without weight decay. Momentum, clipping and the like stay as they are.
+            Defaults to `"sgd"`.
+        multiplier: Float > 0, the learning rate of scales and thresholds over that of
+            the weights. Defaults to 1.
+        name: String, the name of the optimizer.
+
+    Raises:
+        ValueError: If `optimizer` or `sparsity_optimizer` is no Keras optimizer, or
+            one that wraps others, or if `multiplier` is not a finite number > 0.
+
+    Example:
+
+    ```python
+    model.compile(
+        SparsityOptimizer(keras.optimizers.AdamW(1e-3), multiplier=10.0),
+        loss="sparse_categorical_crossentropy",
+    )
+    ```
+    """
+
+    def __init__(self, optimizer, sparsity_optimizer="sgd", multiplier=1.0, name=None):
+        optimizer = _single_optimizer("optimizer", optimizer)
+        original = _single_optimizer("sparsity_optimizer", sparsity_optimizer)
+        if not isinstance(multiplier, numbers.Real) or not 0 < multiplier < math.inf:
+            raise ValueError(
+                "Argument `multiplier` must be a finite number > 0. "
+                f"Received: multiplier={multiplier!r}"
+            )
+        super().__init__(
+            learning_rate=0.0, loss_scale_factor=optimizer.loss_scale_factor, name=name
+        )
+        self.optimizer = optimizer
+        self.multiplier = float(multiplier)
+        config = original.get_config()
+        # Muon has a second one, `adam_weight_decay`.
+        decays = [key for key in config if key.endswith("weight_decay") and config[key]]
+        self.sparsity_optimizer = type(original).from_config(
+            config
+            | {key: getattr(optimizer, key) for key in _SHARED}
+            | dict.fromkeys(decays, 0.0)
+            | {"learning_rate": self._sparsity_learning_rate}
+        )
+
+    def _sparsity_learning_rate(self):
+        return self.multiplier * self.optimizer.learning_rate
+
+    def _parts(self, variables, *columns):
+        """Yields each optimizer with its rows of `variables` and `columns`."""
+        # The main one comes last: when it has counted a step, its schedule is a step
+        # ahead, and the rate of scales and thresholds with it.
+        for optimizer, own in ((self.sparsity_optimizer, True), (self.optimizer, False)):
+            rows = zip(variables, *columns, strict=True)
+            yield optimizer, [row for row in rows if is_method_variable(row[0]) is own]
+
+    def build(self, variables):
+        if self.built:
+            return
+        super().build(variables)
+        for optimizer, rows in self._parts(variables):
+            optimizer.build([variable for (variable,) in rows])
+
+    def apply(self, grads, trainable_variables=None):
+        if trainable_variables is None:
+            trainable_variables = self._trainable_variables
+        else:
+            self.build(list(trainable_variables))
+        for optimizer, rows in self._parts(trainable_variables, grads):
+            # A `LossScaleOptimizer` around this one sets its factor to None.
+            optimizer.loss_scale_factor = self.loss_scale_factor
+            optimizer.apply([g for _, g in rows], [variable for variable, _ in rows])
+            if not rows:
+                # Keras does not count a step without gradients, and the schedule of a
+                # main optimizer whose weights are all frozen would stand still.
+                optimizer._iterations.assign_add(1)
+
+    def finalize_variable_values(self, var_list):
+        for optimizer, rows in self._parts(var_list):
+            optimizer.finalize_variable_values([variable for (variable,) in rows])
+
+    def exclude_from_weight_decay(self, var_list=None, var_names=None):
+        self.optimizer.exclude_from_weight_decay(var_list, var_names)
+
+    @property
+    def learning_rate(self):
+        return self.optimizer.learning_rate
+
+    @learning_rate.setter
+    def learning_rate(self, learning_rate):
+        self.optimizer.learning_rate = learning_rate
+
+    @property
+    def iterations(self):
+        return self.optimizer.iterations
+
+    @property
+    def variables(self):
+        return self.optimizer.variables + self.sparsity_optimizer.variables
+
+    @property
+    def _model_variables_moving_average(self):
+        # The callback `SwapEMAWeights` looks here, for one average per variable.
+        averages = {}
+        for optimizer, rows in self._parts(self._trainable_variables):
+            ids = [id(variable) for (variable,) in rows]
+            averages |= zip(ids, optimizer._model_variables_moving_average, strict=True)
+        return [averages[id(variable)] for variable in self._trainable_variables]
+
+    def set_weights(self, weights):
+        for variable, weight in zip(self.variables, weights, strict=True):
+            variable.assign(weight)
+
+    def save_own_variables(self, store):
+        """Saves nothing: Keras saves the two optimizers as attributes of this one."""
+
+    def load_own_variables(self, store):
+        """Loads nothing, see `save_own_variables`."""
+
+    def get_config(self):
+        config = {
+            "optimizer": keras.optimizers.serialize(self.optimizer),
+            "sparsity_optimizer": keras.optimizers.serialize(self.sparsity_optimizer),
+            "multiplier": self.multiplier,
+            "name": self.name,
+        }
+        # Any number will do: `__init__` replaces it.
+        config["sparsity_optimizer"]["config"]["learning_rate"] = self.multiplier
+        return config
+
+    @classmethod
+    def from_config(cls, config, custom_objects=None):
+        config = dict(config)
+        for key in ("optimizer", "sparsity_optimizer"):
+            config[key] = keras.optimizers.deserialize(config[key], custom_objects)
+        return cls(**config)
+
+
+def _single_optimizer(name, identifier):
+    """The optimizer that the argument `name` asks for."""
+    wrappers = (
+        keras.optimizers.LossScaleOptimizer,
+        keras.optimizers.MultiOptimizer,
+        SparsityOptimizer,
+    )
+    try:
+        optimizer = keras.optimizers.get(identifier)
+    except ValueError:
+        optimizer = None
+    if optimizer is None or isinstance(optimizer, wrappers):
+        raise ValueError(
+            f"Argument `{name}` must be a Keras optimizer that wraps no other, or "
+            f"the name of one. Received: {name}={identifier!r}"
+        )
+    return optimizer
+
+
+def warn_of_weight_decay(model):
+    """Warns if the optimizer of `model` applies weight decay to scales or thresholds.
+
+    Args:
+        model: A compiled `keras.Model`.
+    """
+    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
+    if not getattr(optimizer, "weight_decay", None):
+        return
+    # What `exclude_from_weight_decay` excluded is not to be seen in public.
+    decayed = [
+        variable
+        for variable in model.trainable_variables
+        if is_method_variable(variable) and optimizer._use_weight_decay(variable)
+    ]
+    if decayed:
+        warnings.warn(
+            f"Weight decay of the optimizer '{optimizer.name}' pulls "
+            f"{len(decayed)} scales or thresholds towards zero, '{decayed[0].path}' "
+            "among them. Compile the model with `SparsityOptimizer(optimizer)`, or "
+            "call `optimizer.exclude_from_weight_decay(var_names="
+            f"{sorted({variable.name for variable in decayed})})` before `compile`.",
+            stacklevel=2,
+        )

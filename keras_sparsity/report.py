@@ -1,0 +1,263 @@
+"""Looking at a model: zeros, multiplications and bytes, weight by weight."""
+
+import dataclasses
+import io
+import zlib
+
+import numpy as np
+from keras import ops
+
+from keras_sparsity.macs import uses_per_weight
+from keras_sparsity.selection import (
+    check_model,
+    finite_values,
+    governed_weights,
+    governors,
+    is_method_variable,
+    is_prunable,
+    leaves,
+    plain_weights,
+)
+from keras_sparsity.substitution import TransparentWrapper
+
+
+@dataclasses.dataclass(frozen=True)
+class WeightRow:
+    """One weight tensor of a model, as inference uses it.
+
+    Attributes:
+        path: The variable's path.
+        layer: Name of the layer of the model that it belongs to.
+        layer_type: Class of that layer, without the wrappers of this package.
+        shape: Tuple of integers.
+        method: Name of the method that governs it, or `None`.
+        reason: Why no method does, or `None`.
+        nonzeros: Number of values that are not zero in inference.
+        sparsity: Part of the values that are zero.
+        threshold: A value is kept where its square is larger; `None` without one.
+        macs: Multiply-accumulate operations per sample if nothing were zero; `None`
+            where a size of the input is not known.
+        effective_macs: Those with values that are not zero.
+        bytes: Size of the tensor in memory.
+    """
+
+    path: str
+    layer: str
+    layer_type: str
+    shape: tuple
+    method: str | None
+    reason: str | None
+    nonzeros: int
+    sparsity: float
+    threshold: float | None
+    macs: int | None
+    effective_macs: int | None
+    bytes: int
+
+    @property
+    def size(self) -> int:
+        """Number of values."""
+        return int(np.prod(self.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class SparsityReport:
+    """What `report` found.
+
+    Attributes:
+        rows: List of `WeightRow`, in the order of `model.weights`.
+        sparsity: Part of the zeros, under inference, in the governed weights; in all
+            trainable weights of rank 2 or more where nothing is governed.
+        parameters: Number of values in all weights.
+        nonzeros: Number of those that are not zero.
+        total_sparsity: Part of the zeros in all of them.
+        macs: Multiply-accumulate operations per sample with weights, if nothing were
+            zero; `None` if those of one weight are not known.
+        effective_macs: Those with values that are not zero.
+        compressed_bytes: Size of the finalized model's file with its members
+            compressed by deflate, estimated from its weights (within a few percent).
+    """
+
+    rows: list[WeightRow]
+    sparsity: float
+    compressed_bytes: int
+
+    @property
+    def parameters(self) -> int:
+        return sum(row.size for row in self.rows)
+
+    @property
+    def nonzeros(self) -> int:
+        return sum(row.nonzeros for row in self.rows)
+
+    @property
+    def total_sparsity(self) -> float:
+        return 1 - self.nonzeros / max(self.parameters, 1)
+
+    @property
+    def macs(self) -> int | None:
+        return _total(row.macs for row in self.rows)
+
+    @property
+    def effective_macs(self) -> int | None:
+        return _total(row.effective_macs for row in self.rows)
+
+    def to_dataframe(self):
+        """The rows as a `pandas.DataFrame`."""
+        try:
+            import pandas
+        except ImportError as error:
+            raise ImportError(
+                "`to_dataframe` needs pandas. Install it with "
+                '`pip install "keras-sparsity[examples]"`.'
+            ) from error
+        return pandas.DataFrame([dataclasses.asdict(row) for row in self.rows])
+
+    def __str__(self):
+        head = ("weight", "type", "shape", "method", "zeros", "nonzeros", "MACs")
+        lines = [
+            (
+                row.path,
+                row.layer_type,
+                "x".join(map(str, row.shape)),
+                row.method or "-",
+                f"{row.sparsity:.1%}",
+                f"{row.nonzeros:,}",
+                _count(row.effective_macs),
+            )
+            for row in self.rows
+            if len(row.shape) >= 2
+        ]
+        rest = [row for row in self.rows if len(row.shape) < 2]
+        reasons: dict[str, list[str]] = {}
+        for row in self.rows:
+            if row.method is None and len(row.shape) >= 2:
+                reasons.setdefault(row.reason or "", []).append(row.path)
+        text = _table([head, *lines])
+        if rest:
+            text += f"\nand {len(rest)} weights of rank 0 and 1, which are not pruned"
+        for reason, paths in reasons.items():
+            text += f"\n- {', '.join(paths)}: {reason}"
+        return (
+            f"{text}\n"
+            f"sparsity {self.sparsity:.2%} ({self.total_sparsity:.2%} of all "
+            f"{self.parameters:,} parameters), {self.nonzeros:,} nonzeros\n"
+            f"MACs {_count(self.effective_macs)} of {_count(self.macs)}, "
+            f"compressed file about {self.compressed_bytes:,} bytes"
+        )
+
+
+def report(model) -> SparsityReport:
+    """Looks at every weight of a model: its method, zeros, multiplications and bytes.
+
+    Everything is as in inference: under the hard gate, before or after `finalize`.
+
+    Args:
+        model: A built Sequential or Functional `keras.Model`, sparse or not.
+
+    Returns:
+        A `SparsityReport`; print it, or read its `rows` and totals.
+
+    Raises:
+        TypeError: If the model is subclassed.
+        ValueError: If the model is not built, or one of its weights is NaN.
+
+    Example:
+
+    ```python
+    print(ks.report(model))
+    ks.report(model).sparsity
+    ```
+    """
+    check_model(model, "report")
+    governed = {id(g.variable): g for g in governed_weights(model)}
+    rows, arrays = [], []
+    for layer in leaves(model):
+        uses = uses_per_weight(layer)
+        for weight in plain_weights(layer):
+            if any(weight is seen for seen, _ in arrays):
+                continue  # shared with a layer before
+            found = governed.get(id(weight))
+            values = finite_values(weight.path, found.effective if found else weight)
+            arrays.append((weight, values))
+            rows.append(_row(layer, weight, found, values, uses[id(weight)]))
+    if governed:
+        counted = [row for row in rows if row.method]
+    else:
+        trainable = [w.trainable and is_prunable(w) for w, _ in arrays]
+        counted = [row for row, yes in zip(rows, trainable, strict=True) if yes]
+    size = sum(row.size for row in counted)
+    zeros = size - sum(row.nonzeros for row in counted)
+    return SparsityReport(
+        rows=rows,
+        sparsity=zeros / max(size, 1),
+        compressed_bytes=_compressed_bytes(model, [a for _, a in arrays]),
+    )
+
+
+def _row(layer, weight, governed, values, uses):
+    nonzeros = int(np.count_nonzero(values))
+    inner = layer.layer if isinstance(layer, TransparentWrapper) else layer
+    has_threshold = governed is not None and governed.threshold is not None
+    return WeightRow(
+        path=weight.path,
+        layer=layer.name,
+        layer_type=type(inner).__name__,
+        shape=tuple(weight.shape),
+        method=governed.method if governed else None,
+        reason=None if governed else _reason(layer, weight),
+        nonzeros=nonzeros,
+        sparsity=1 - nonzeros / max(values.size, 1),
+        threshold=(
+            float(ops.convert_to_numpy(governed.threshold)) if has_threshold else None
+        ),
+        macs=None if uses is None else uses * values.size,
+        effective_macs=None if uses is None else uses * nonzeros,
+        bytes=values.nbytes,
+    )
+
+
+def _reason(layer, weight):
+    if len(weight.shape) < 2:
+        return f"rank {len(weight.shape)}: only weights of rank 2 or more are pruned"
+    if not is_prunable(weight):
+        return f"type {weight.dtype}: only floating-point weights are pruned"
+    if not weight.trainable:
+        return "frozen: not trainable"
+    if hasattr(layer, "sparsity_error"):
+        return f"the method could not handle its layer: {layer.sparsity_error}"
+    if governors(layer):
+        return "left out by the method of its layer"
+    return "no method was given for its layer"
+
+
+def _compressed_bytes(model, arrays):
+    """Size of a zip of the model's config and of an HDF5 file of its weights."""
+    import h5py  # a dependency of keras
+
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as file:
+        for index, array in enumerate(arrays):
+            file.create_dataset(f"layers/{index}/vars/0", data=array)
+    members = [buffer.getvalue(), model.to_json().encode()]
+    return sum(len(zlib.compress(member)) for member in members)
+
+
+def _total(numbers):
+    numbers = list(numbers)
+    return None if None in numbers else sum(numbers)
+
+
+def _count(number):
+    return "unknown" if number is None else f"{number:,}"
+
+
+def _table(rows):
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if index > 3 else cell.ljust(width)
+            for index, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ).rstrip()
+        for row in rows
+    )
