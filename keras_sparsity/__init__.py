@@ -1,10 +1,33 @@
 """Prune Keras 3 models while they train: learned scales and learned thresholds."""
 
+from keras_sparsity.masks import KeepZeros, MagnitudePruning
 from keras_sparsity.optimizers import SparsityOptimizer
 from keras_sparsity.regularizers import HALO, MCP, SWS
 from keras_sparsity.report import SparsityReport, report
 from keras_sparsity.schedules import ConstantSparsity, CubicSparsity
+from keras_sparsity.trail import SparsityTrail, Trail
 from keras_sparsity.transform import finalize, prune, pruning_curve, sparsify
-from keras_sparsity.wrappers import LTP, KeepZeros, MagnitudePruning, Penalized
+from keras_sparsity.wrappers import LTP, Penalized
 
 __version__ = "0.1.0"
+
+__all__ = [
+    "HALO",
+    "LTP",
+    "MCP",
+    "SWS",
+    "ConstantSparsity",
+    "CubicSparsity",
+    "KeepZeros",
+    "MagnitudePruning",
+    "Penalized",
+    "SparsityOptimizer",
+    "SparsityReport",
+    "SparsityTrail",
+    "Trail",
+    "finalize",
+    "prune",
+    "pruning_curve",
+    "report",
+    "sparsify",
+]

@@ -78,9 +78,9 @@ def _input_shape(layer):
     # Of several inputs, as those of attention, the first.
     shapes = config.get("shapes_dict") or config
     shape = next(iter(shapes.values()), None)
-    is_one = isinstance(shape, (tuple, list)) and all(
-        size is None or isinstance(size, int) for size in shape
-    )
+    if not isinstance(shape, (tuple, list)):
+        return None
+    is_one = all(size is None or isinstance(size, int) for size in shape)
     return tuple(shape) if is_one else None
 
 

@@ -1,17 +1,15 @@
 """An optimizer that gives scales and thresholds a learning rate of their own."""
 
-import math
-import numbers
 import warnings
 
 import keras
 
+from keras_sparsity.checks import check_number
 from keras_sparsity.selection import is_method_variable
 
-# Both optimizers must share these, or they would not update in the same steps.
+# Without these in common the two optimizers would not update in the same steps.
 _SHARED = (
     "gradient_accumulation_steps",
-    "loss_scale_factor",
     "use_ema",
     "ema_momentum",
     "ema_overwrite_frequency",
@@ -30,26 +28,25 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
     `learning_rate` is that of `optimizer` at every step, whatever changes it: a
     schedule, `LearningRateScheduler`, `ReduceLROnPlateau` or an assignment.
 
-    The two share gradient accumulation, exponential moving averages (a threshold
-    belongs to the weights that it was learned with, so both are averaged) and loss
-    scaling: set these on `optimizer`. They share nothing else. Weight decay never
-    reaches scales and thresholds, and their gradients, sums over whole kernels, are
-    neither clipped by `optimizer` nor part of its `global_clipnorm`. On a model
-    without scales and thresholds this is `optimizer`.
+    Gradient accumulation, moving averages (a threshold belongs to the weights that it
+    was learned with, so both are averaged) and loss scaling are those of `optimizer`
+    too. Its weight decay and its clipping are not: scales and thresholds never decay,
+    and their gradients, which are sums over kernels, are left out of its
+    `global_clipnorm`. On a model without scales and thresholds this is `optimizer`.
 
-    Tested as `optimizer`: Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Ftrl,
-    Lamb, Lion, Muon, Nadam, RMSprop, ScheduleFreeAdamW and SGD.
+    Tested as either: Adadelta, Adafactor, Adagrad, Adam, Adamax, AdamW, Ftrl, Lamb,
+    Lion, Muon, Nadam, RMSprop, ScheduleFreeAdamW and SGD.
 
     Args:
         optimizer: A Keras optimizer or its name, for everything but scales and
             thresholds. `LossScaleOptimizer` goes around a `SparsityOptimizer`, where
             `compile` puts it under `mixed_float16`, not inside.
         sparsity_optimizer: A Keras optimizer or its name, for scales and thresholds.
-            A copy is used, with the learning rate and the shared settings above and
-            without weight decay. Momentum, clipping and the like stay as they are.
-            Defaults to `"sgd"`.
-        multiplier: Float > 0, the learning rate of scales and thresholds over that of
-            the weights. Defaults to 1.
+            A copy is used, in which the learning rate and what else follows
+            `optimizer` is replaced and weight decay is off; momentum, clipping and
+            the like are kept. Defaults to `"sgd"`.
+        multiplier: Float > 0, the learning rate of scales and thresholds in units of
+            the weights' learning rate. Defaults to 1.
         name: String, the name of the optimizer.
 
     Raises:
@@ -69,18 +66,14 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
     def __init__(self, optimizer, sparsity_optimizer="sgd", multiplier=1.0, name=None):
         optimizer = _single_optimizer("optimizer", optimizer)
         original = _single_optimizer("sparsity_optimizer", sparsity_optimizer)
-        if not isinstance(multiplier, numbers.Real) or not 0 < multiplier < math.inf:
-            raise ValueError(
-                "Argument `multiplier` must be a finite number > 0. "
-                f"Received: multiplier={multiplier!r}"
-            )
+        multiplier = check_number("multiplier", multiplier, above=0)
         super().__init__(
             learning_rate=0.0, loss_scale_factor=optimizer.loss_scale_factor, name=name
         )
         self.optimizer = optimizer
-        self.multiplier = float(multiplier)
+        self.multiplier = multiplier
         config = original.get_config()
-        # Muon has a second one, `adam_weight_decay`.
+        # Two keys with Muon, which has an `adam_weight_decay` besides.
         decays = [key for key in config if key.endswith("weight_decay") and config[key]]
         self.sparsity_optimizer = type(original).from_config(
             config
@@ -94,11 +87,11 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
 
     def _parts(self, variables, *columns):
         """Yields each optimizer with its rows of `variables` and `columns`."""
-        # The main one comes last: when it has counted a step, its schedule is a step
-        # ahead, and the rate of scales and thresholds with it.
-        for optimizer, own in ((self.sparsity_optimizer, True), (self.optimizer, False)):
-            rows = zip(variables, *columns, strict=True)
-            yield optimizer, [row for row in rows if is_method_variable(row[0]) is own]
+        rows = list(zip(variables, *columns, strict=True))
+        # The main optimizer comes last. Once it has counted the step, its schedule is
+        # one ahead, and so would be the rate of scales and thresholds.
+        yield self.sparsity_optimizer, [r for r in rows if is_method_variable(r[0])]
+        yield self.optimizer, [r for r in rows if not is_method_variable(r[0])]
 
     def build(self, variables):
         if self.built:
@@ -128,6 +121,8 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
     def exclude_from_weight_decay(self, var_list=None, var_names=None):
         self.optimizer.exclude_from_weight_decay(var_list, var_names)
 
+    # There is no public `optimizers`, which `LearningRateScheduler` would walk to set
+    # every rate to the same value.
     @property
     def learning_rate(self):
         return self.optimizer.learning_rate
@@ -146,8 +141,8 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
 
     @property
     def _model_variables_moving_average(self):
-        # The callback `SwapEMAWeights` looks here, for one average per variable.
-        averages = {}
+        # The callback `SwapEMAWeights` looks here for an average of every variable.
+        averages: dict = {}
         for optimizer, rows in self._parts(self._trainable_variables):
             ids = [id(variable) for (variable,) in rows]
             averages |= zip(ids, optimizer._model_variables_moving_average, strict=True)
@@ -158,28 +153,32 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
             variable.assign(weight)
 
     def save_own_variables(self, store):
-        """Saves nothing: Keras saves the two optimizers as attributes of this one."""
+        """Saves nothing: Keras saves the attributes that are optimizers by itself."""
 
     def load_own_variables(self, store):
         """Loads nothing, see `save_own_variables`."""
 
     def get_config(self):
-        config = {
-            "optimizer": keras.optimizers.serialize(self.optimizer),
-            "sparsity_optimizer": keras.optimizers.serialize(self.sparsity_optimizer),
+        sparsity_optimizer = keras.saving.serialize_keras_object(
+            self.sparsity_optimizer
+        )
+        # Any number would do; it stands for a method of this object.
+        sparsity_optimizer["config"]["learning_rate"] = self.multiplier
+        return {
+            "optimizer": keras.saving.serialize_keras_object(self.optimizer),
+            "sparsity_optimizer": sparsity_optimizer,
             "multiplier": self.multiplier,
             "name": self.name,
         }
-        # Any number will do: `__init__` replaces it.
-        config["sparsity_optimizer"]["config"]["learning_rate"] = self.multiplier
-        return config
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
-        config = dict(config)
-        for key in ("optimizer", "sparsity_optimizer"):
-            config[key] = keras.optimizers.deserialize(config[key], custom_objects)
-        return cls(**config)
+        # Not `keras.optimizers.deserialize`, which does not know Lamb.
+        optimizers = {
+            key: keras.saving.deserialize_keras_object(config[key], custom_objects)
+            for key in ("optimizer", "sparsity_optimizer")
+        }
+        return cls(**{**config, **optimizers})
 
 
 def _single_optimizer(name, identifier):
@@ -210,7 +209,7 @@ def warn_of_weight_decay(model):
     optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
     if not getattr(optimizer, "weight_decay", None):
         return
-    # What `exclude_from_weight_decay` excluded is not to be seen in public.
+    # Keras has no public way to ask what `exclude_from_weight_decay` left out.
     decayed = [
         variable
         for variable in model.trainable_variables
@@ -218,10 +217,10 @@ def warn_of_weight_decay(model):
     ]
     if decayed:
         warnings.warn(
-            f"Weight decay of the optimizer '{optimizer.name}' pulls "
-            f"{len(decayed)} scales or thresholds towards zero, '{decayed[0].path}' "
-            "among them. Compile the model with `SparsityOptimizer(optimizer)`, or "
-            "call `optimizer.exclude_from_weight_decay(var_names="
-            f"{sorted({variable.name for variable in decayed})})` before `compile`.",
+            f"Weight decay of the optimizer '{optimizer.name}' pulls {len(decayed)} "
+            f"scales or thresholds towards zero, '{decayed[0].path}' among them. "
+            "Compile the model with `SparsityOptimizer(optimizer)`, or first call "
+            "`optimizer.exclude_from_weight_decay(var_names="
+            f"{sorted({variable.name for variable in decayed})})`.",
             stacklevel=2,
         )

@@ -32,9 +32,11 @@ class Rebuilt:
 
     def __init__(self, model, convert):
         self._convert = convert
-        self._olds = {}  # id of an old layer: (the old layer, the new one)
-        self._converted = {}  # id of a new layer: (the new layer, the old one)
-        self.errors = {}
+        # id of an old layer: (the old layer, the new one)
+        self._olds: dict = {}
+        # id of a new layer: (the new layer, the old one)
+        self._converted: dict = {}
+        self.errors: dict[str, str] = {}
         # Custom layers need not be registered: their classes are at hand.
         classes = {type(layer).__name__: type(layer) for layer in walk(model)}
         with keras.saving.custom_object_scope(classes):
@@ -63,7 +65,9 @@ class Rebuilt:
                 x = self._call(self._new(layer), x)
         return keras.Sequential(
             [
-                keras.Input(batch_shape=given.shape, dtype=given.dtype, name=given.name),
+                keras.Input(
+                    batch_shape=given.shape, dtype=given.dtype, name=given.name
+                ),
                 *(self._new(layer) for layer in model.layers),
             ],
             name=model.name,
@@ -129,7 +133,7 @@ def copy_state(old, new):
     """Copies the weights of a layer to one that differs in its methods only."""
     # As Keras saves them: some layers derive more from their weights when they load.
     for source, target in zip(_plain_layers(old), _plain_layers(new), strict=True):
-        store = {}
+        store: dict = {}
         source.save_own_variables(store)
         if store:
             # Through numpy: on JAX, variables would share a buffer that is donated.

@@ -5,9 +5,9 @@ import weakref
 import keras
 from keras import ops
 
+from keras_sparsity.bounds import Bounds
 from keras_sparsity.checks import check_number
 from keras_sparsity.selection import Governed
-
 
 SCALE_FLOOR = 1e-3
 
@@ -154,12 +154,9 @@ class HALO(KernelPenalty):
             name="halo_scale",
             shape=input_shape,
             initializer="ones",
-            constraint=self._within_range,
+            constraint=Bounds(self.scale_floor, self.scale_ceiling),
             autocast=False,
         )
-
-    def _within_range(self, scale):
-        return ops.clip(scale, self.scale_floor, self.scale_ceiling)
 
     def penalty(self, w):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""
@@ -249,7 +246,7 @@ class SWS(KernelPenalty):
             name="sws_scale",
             shape=(),
             initializer="ones",
-            constraint=lambda scale: ops.maximum(scale, SCALE_FLOOR),
+            constraint=Bounds(SCALE_FLOOR),
             autocast=False,
         )
 
@@ -305,9 +302,7 @@ class MCP(KernelPenalty):
     def penalty(self, w):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""
         magnitude = ops.minimum(ops.abs(w), self.gamma * self.lam)
-        return ops.sum(
-            self.lam * magnitude - ops.square(magnitude) / (2 * self.gamma)
-        )
+        return ops.sum(self.lam * magnitude - ops.square(magnitude) / (2 * self.gamma))
 
     def get_config(self):
         return {**super().get_config(), "lam": self.lam, "gamma": self.gamma}

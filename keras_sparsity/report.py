@@ -13,7 +13,6 @@ from keras_sparsity.selection import (
     finite_values,
     governed_weights,
     governors,
-    is_method_variable,
     is_prunable,
     leaves,
     plain_weights,
@@ -171,7 +170,8 @@ def report(model) -> SparsityReport:
     """
     check_model(model, "report")
     governed = {id(g.variable): g for g in governed_weights(model)}
-    rows, arrays = [], []
+    rows: list[WeightRow] = []
+    arrays: list[tuple] = []
     for layer in leaves(model):
         uses = uses_per_weight(layer)
         for weight in plain_weights(layer):

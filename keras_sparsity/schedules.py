@@ -59,7 +59,7 @@ class CubicSparsity(ConstantSparsity):
     and 0 before `begin_step`.
 
     Args:
-        final_sparsity: Float in [0, 1), the part of the weights that is zero at the end.
+        final_sparsity: Float in [0, 1), the part of weights that is zero in the end.
         end_step: Integer > `begin_step`, the training step at which it is reached.
         begin_step: Integer >= 0, the training step of the first prune. Defaults to 0.
         initial_sparsity: Float in [0, 1), at `begin_step`. Defaults to 0.

@@ -40,7 +40,7 @@ class Governed(NamedTuple):
 
 def walk(layer) -> list:
     """`layer` and all the layers in it, at any depth, each once, parents first."""
-    found = {id(layer): layer}
+    found: dict[int, Any] = {id(layer): layer}
     # The one private attribute here: public `layers` exists on models only.
     for inner in layer._layers:
         found.update((id(each), each) for each in walk(inner) if id(each) not in found)
@@ -79,7 +79,7 @@ def is_rewritable(layer) -> bool:
 
 def leaves(model) -> list:
     """The layers of `model` and of the models in it that are no such models, once."""
-    found = {}
+    found: dict[int, Any] = {}
     for layer in model.layers:
         inner = leaves(layer) if is_rewritable(layer) else [layer]
         found.update((id(leaf), leaf) for leaf in inner)
@@ -112,7 +112,7 @@ def check_ungoverned(layer, wrapper: str) -> None:
 
 def governed_weights(layer) -> list[Governed]:
     """Every governed weight in `layer`, once each, in the order of `layer.weights`."""
-    found = {}
+    found: dict[int, Governed] = {}
     for governor in governors(layer):
         for governed in governor.governed_weights():
             found.setdefault(id(governed.variable), governed)

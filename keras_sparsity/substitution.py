@@ -3,7 +3,7 @@
 import keras
 from keras import tree
 
-from keras_sparsity.selection import check_ungoverned, choose
+from keras_sparsity.selection import check_ungoverned, choose, name_within
 
 
 def call_with(layer, substitutes, *args, **kwargs):
@@ -131,6 +131,10 @@ class SubstitutingWrapper(TransparentWrapper):
     def gated(self) -> list:
         """The variables of the layer that are gated."""
         return self._gated.variables
+
+    def suffix(self, variable) -> str:
+        """What to end the names with of the wrapper's own variables for `variable`."""
+        return name_within(self.layer, variable).replace("/", "_")
 
     def build_gates(self, variables):
         raise NotImplementedError

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import math
 import numbers
@@ -10,6 +11,7 @@ import pathlib
 import re
 import time
 import warnings
+from typing import Any
 
 import keras
 from keras import ops
@@ -60,8 +62,9 @@ class SparsityTrail(keras.callbacks.Callback):
             name of Keras' own metrics and losses. Defaults to `"auto"`.
         keep: Which checkpoints to keep: `"pareto"`, those of the epochs that no other
             beats (has at least the sparsity and at least as good a metric, and more of
-            one; of equal ones, the earliest is kept); `"all"`; or `"none"`. Defaults to
-            `"pareto"`.
+            one; of equal ones, the earliest is kept); `"all"`; or `"none"`. A method
+            without exact zeros before the prune, as HALO, has a single best epoch: keep
+            all if others are to be pruned. Defaults to `"pareto"`.
         resume: Must be `False`.
 
     Raises:
@@ -108,7 +111,7 @@ class SparsityTrail(keras.callbacks.Callback):
         self.keep = keep
 
     def on_train_begin(self, logs=None):
-        trial = self.directory / "unfinished"
+        trial = self.directory / "unfinished.keras"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             trial.touch()
@@ -119,10 +122,10 @@ class SparsityTrail(keras.callbacks.Callback):
                 f"Received: directory='{self.directory}' ({error})"
             ) from error
         record = self.directory / "trail.jsonl"
-        self._header, *self._records = _read(record) if record.exists() else [None]
-        self._began = time.monotonic()
-        if self._records:
-            self._began -= self._records[-1]["seconds"]
+        lines: list[Any] = _read(record) if record.exists() else [None]
+        self._header, self._records = lines[0], lines[1:]
+        earlier = self._records[-1]["seconds"] if self._records else 0.0
+        self._began = time.monotonic() - earlier
         # On TensorFlow a model may be built by its first batch only.
         if self.model.built:
             _ = self.model.losses  # a penalty finds its weight when it is computed
@@ -154,7 +157,7 @@ class SparsityTrail(keras.callbacks.Callback):
 
     def _claim_directory(self, weights):
         """Begins the record, or makes sure that it is the record of this model."""
-        header = {
+        header: dict[str, Any] = {
             "format": _FORMAT,
             "monitor": self.monitor,
             "mode": self.mode,
@@ -164,13 +167,15 @@ class SparsityTrail(keras.callbacks.Callback):
                 for name, weight in weights.items()
             ],
         }
-        for key, value in (self._header or header).items():
-            if value != header[key]:
+        found = self._header or header
+        both = ([h["monitor"], h["mode"], *h["weights"]] for h in (found, header))
+        for theirs, ours in itertools.zip_longest(*both, fillvalue="nothing"):
+            if theirs != ours:
                 raise ValueError(
                     "Argument `directory` must be new or hold the trail of this model "
-                    f"and `monitor`. Received: directory='{self.directory}', a trail "
-                    f"with {key}={value}, where this is {key}={header[key]}. (Layers "
-                    "without a name of their own get another each time they are made.)"
+                    f"and metric. Received: directory='{self.directory}', a trail with "
+                    f"{theirs} where this one has {ours}. (A layer without a name of "
+                    "its own gets another each time it is made.)"
                 )
         self._header = header
 
@@ -310,10 +315,10 @@ class Trail:
         ]
         if not chosen:
             raise ValueError(
-                f"No point of the trail has {min_sparsity=}, {max_sparsity=}, "
-                f"{min_metric=}, {max_drop=}. Of the {len(loadable)} to select from, "
-                f"sparsity is {_range([p.sparsity for p in loadable])} and "
-                f"{self.monitor} {_range([p.metric for p in loadable])}."
+                "Expected conditions that a point of the trail meets. Received: "
+                f"{min_sparsity=}, {max_sparsity=}, {min_metric=}, {max_drop=}. There "
+                f"are {len(loadable)} points with {_range('sparsity', loadable)} and "
+                f"{_range('metric', loadable)} ({self.monitor})."
             )
         if floor > -math.inf:
             return max(chosen, key=lambda p: (p.sparsity, sign * p.metric))
@@ -413,7 +418,7 @@ def _direction(monitor):
 def _counted_weights(model):
     """The weights that sparsity is counted over, by name."""
     weights = governed_weights(model) or [
-        Governed(v, "none", ops.convert_to_tensor(v)) for v in prunable(model)
+        Governed(v, "none", ops.cast(v, "float32")) for v in prunable(model)
     ]
     named: dict[str, Governed] = {}
     for weight in weights:
@@ -453,8 +458,9 @@ def _finite(value):
     return value if math.isfinite(value) else None
 
 
-def _range(values):
-    return f"{min(values):.4f} to {max(values):.4f}" if values else "nowhere finite"
+def _range(name, points):
+    values = [getattr(p, name) for p in points] or [math.nan]
+    return f"{name} {min(values):.4f} to {max(values):.4f}"
 
 
 def _points(directory, header, records):

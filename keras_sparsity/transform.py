@@ -9,6 +9,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparsity.checks import check_sparsity
+from keras_sparsity.masks import KeepZeros
 from keras_sparsity.rebuild import Rebuilt, clone, copy_state
 from keras_sparsity.selection import (
     Governed,
@@ -24,7 +25,7 @@ from keras_sparsity.selection import (
     prunable,
     walk,
 )
-from keras_sparsity.wrappers import KeepZeros, Penalized
+from keras_sparsity.wrappers import Penalized
 
 
 def sparsify(model, method, filters=None):
@@ -68,8 +69,8 @@ def sparsify(model, method, filters=None):
         wrap = functools.partial(_wrap, method=method)
     else:
         raise TypeError(
-            "Argument `method` must be a `keras.regularizers.Regularizer` or a callable "
-            f"that takes a layer and returns a layer. Received: method={method!r}"
+            "Argument `method` must be a `keras.regularizers.Regularizer`, or a callable "
+            f"that takes a layer and returns one. Received: method={method!r}"
         )
     selected = [layer for layer in leaves(model) if matches(layer, filters)]
     if not selected:
@@ -267,7 +268,7 @@ def pruned_values(model, sparsity, scope="global", filters=None):
     if not selected:
         raise ValueError(no_match(model, filters))
     pools = []
-    seen = set()
+    seen: set[int] = set()
     for layer in selected:
         if governed:
             pool = [governed[id(w)] for w in layer.weights if id(w) in governed]
