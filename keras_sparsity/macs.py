@@ -46,7 +46,7 @@ def _uses(layer, weight, shape):
         return None
     if hasattr(layer, "equation"):
         return _einsum_uses(layer.equation, shape, weight.shape)
-    if hasattr(layer, "kernel_size"):
+    if hasattr(layer, "kernel_size") and hasattr(layer, "data_format"):
         transposed = hasattr(layer, "output_padding")
         seen = shape if transposed else layer.compute_output_shape(shape)
         first = layer.data_format == "channels_first"

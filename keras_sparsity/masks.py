@@ -96,7 +96,7 @@ class MagnitudePruning(_Masked):
     """Gradual magnitude pruning: a layer's smallest weights become zero by schedule.
 
     ```
-    kernel * mask,   mask = |kernel| > the floor(schedule(step) * size)-th smallest
+    kernel * mask,   mask = 0 for the floor(schedule(step) * size) smallest |kernel|
     ```
 
     Every weight tensor is pruned to the same sparsity. The step is counted, and the
@@ -106,7 +106,7 @@ class MagnitudePruning(_Masked):
     Args:
         layer: The `keras.Layer` to prune.
         schedule: `CubicSparsity`, `ConstantSparsity` or any registered serializable
-            callable of the step with an attribute `frequency`.
+            callable of the step with their method `is_due`.
         variables: Which weights to prune: see `LTP`. Defaults to `None`, every
             trainable weight of rank 2 or more.
         **kwargs: `name` (defaults to the layer's) and `trainable`.
@@ -151,7 +151,7 @@ class MagnitudePruning(_Masked):
     def effective_weights(self, training):
         if training:
             step = ops.convert_to_tensor(self.step)
-            is_due = ops.equal(ops.mod(step, self.schedule.frequency), 0)
+            is_due = self.schedule.is_due(step)
             sparsity = self.schedule(step)
             for variable, mask in zip(self.gated, self.masks, strict=True):
                 magnitude = ops.abs(ops.stop_gradient(ops.cast(variable, "float32")))
@@ -179,9 +179,8 @@ class MagnitudePruning(_Masked):
 
 
 def _largest(magnitude, sparsity):
-    """Mask of the entries above the `floor(sparsity * size)`-th smallest."""
+    """Mask of all entries but the `floor(sparsity * size)` smallest, ties by position."""
     size = math.prod(magnitude.shape)
-    ordered = ops.sort(ops.reshape(magnitude, (-1,)))
-    zeros = ops.cast(ops.floor(sparsity * size), "int32")
-    threshold = ops.take(ordered, ops.maximum(zeros - 1, 0))
-    return ops.where(zeros > 0, magnitude > threshold, True)
+    ranks = ops.argsort(ops.argsort(ops.reshape(magnitude, (-1,))))
+    zeros = ops.cast(ops.floor(sparsity * size), ranks.dtype)
+    return ops.reshape(ranks >= zeros, magnitude.shape)

@@ -1,11 +1,17 @@
 """A model built anew, with other layers in place of its own."""
 
 import contextlib
+import tempfile
 
 import keras
 from keras import ops, tree
 
-from keras_sparsity.selection import is_method_variable, is_rewritable, walk
+from keras_sparsity.selection import (
+    governors,
+    is_method_variable,
+    is_rewritable,
+    walk,
+)
 
 
 def clone(obj):
@@ -17,8 +23,8 @@ class Rebuilt:
     """`model` with `convert(layer)` in place of each of its layers.
 
     Models in the model are rebuilt too. A layer that several calls share is converted
-    once. A converted layer that cannot be built or called where the old one was is
-    replaced by a clone of the old one, and the error noted.
+    once. A layer that `convert` fails for, or whose conversion cannot be called where
+    the layer was, is cloned instead, and the error noted.
 
     Args:
         model: A built Sequential or Functional model.
@@ -27,21 +33,32 @@ class Rebuilt:
     Attributes:
         model: The new model, uncompiled, its weights as they were initialized.
         layers: List of pairs, each old layer and what stands in its place.
-        errors: Dict of the names of layers that were cloned instead, and why.
+        errors: Dict of `id(layer)` to pairs of a layer that was cloned, and why.
     """
 
     def __init__(self, model, convert):
         self._convert = convert
-        # id of an old layer: (the old layer, the new one)
-        self._olds: dict = {}
-        # id of a new layer: (the new layer, the old one)
-        self._converted: dict = {}
-        self.errors: dict[str, str] = {}
+        self.errors: dict[int, tuple] = {}
         # Custom layers need not be registered: their classes are at hand.
-        classes = {type(layer).__name__: type(layer) for layer in walk(model)}
+        classes = {
+            type(layer).__name__: type(layer)
+            for layer in walk(model)
+            if not type(layer).__module__.startswith("keras.")
+        }
         with keras.saving.custom_object_scope(classes):
+            while not self._built(model):
+                pass
+        self.layers = [(old, self._news[id(old)]) for old, _ in self._olds.values()]
+
+    def _built(self, model):
+        """Whether the model could be built without the layers known to fail."""
+        self._olds: dict[int, tuple] = {}  # by the id of the new layer
+        self._news: dict[int, object] = {}  # by the id of the old one
+        try:
             self.model = self._rebuild(model)
-        self.layers = [(old, self._new(old)) for _, old in self._converted.values()]
+        except _Again:
+            return False
+        return True
 
     def _rebuild(self, model):
         if isinstance(model, keras.Sequential):
@@ -55,65 +72,76 @@ class Rebuilt:
                     call_function=self._call,
                 )
         new.dtype_policy = model.dtype_policy
+        if not model.trainable:
+            new.trainable = False
         return new
 
     def _rebuild_sequential(self, model):
         (given,) = model.inputs
-        x = keras.KerasTensor(given.shape, given.dtype)
+        x = keras.KerasTensor(given.shape, given.dtype, sparse=given.sparse)
         with keras.name_scope(model.name):
             for layer in model.layers:
                 x = self._call(self._new(layer), x)
-        return keras.Sequential(
-            [
-                keras.Input(
-                    batch_shape=given.shape, dtype=given.dtype, name=given.name
-                ),
-                *(self._new(layer) for layer in model.layers),
-            ],
-            name=model.name,
-            trainable=model.trainable,
+        start = keras.Input(
+            batch_shape=given.shape,
+            dtype=given.dtype,
+            sparse=given.sparse,
+            name=given.name,
         )
+        layers = [self._new(layer) for layer in model.layers]
+        return keras.Sequential([start, *layers], name=model.name)
 
     def _new(self, layer):
         """What stands in the place of `layer`, made when asked for first."""
-        if id(layer) not in self._olds:
+        if id(layer) not in self._news:
             if is_rewritable(layer):
                 new = self._rebuild(layer)
             elif isinstance(layer, keras.Layer):
-                new = self._convert(layer)
-                self._converted[id(new)] = (new, layer)
+                new = self._converted(layer)
+                self._olds[id(new)] = (layer, new)
             else:
-                new = layer  # an operation has no state
-            self._olds[id(layer)] = (layer, new)
-        return self._olds[id(layer)][1]
+                new = clone(layer)  # an operation
+            self._news[id(layer)] = new
+        return self._news[id(layer)]
+
+    def _converted(self, layer):
+        if id(layer) not in self.errors:
+            try:
+                return self._convert(layer)
+            except Exception as error:  # whatever it is, one layer must not fail all
+                self.errors[id(layer)] = (layer, error)
+        new = clone(layer)
+        new.sparsity_error = str(self.errors[id(layer)][1])  # for `report`
+        return new
 
     def _call(self, new, *args, **kwargs):
-        _, old = self._converted.get(id(new), (None, None))
-        if old is None:
-            return new(*args, **kwargs)
-        new = self._new(old)  # a clone, where the first call showed that it must be
+        old, _ = self._olds.get(id(new), (None, None))
         try:
             return new(*args, **kwargs)
-        except Exception as error:  # whatever it is, one layer must not fail the model
-            if old.name in self.errors:
+        except Exception as error:
+            if old is None or id(old) in self.errors:
                 raise
-            self.errors[old.name] = str(error)
-            spare = clone(old)
-            spare.sparsity_error = str(error)  # for `report`
-            self._olds[id(old)] = (old, spare)
-            return spare(*args, **kwargs)
+            self.errors[id(old)] = (old, error)
+            # A shared layer may stand elsewhere in the model by now.
+            raise _Again from error
+
+
+class _Again(Exception):
+    """One more layer is known that must be cloned."""
 
 
 def _inputs_like(model):
-    """New inputs of the names of the old ones, which `clone_model` would not keep."""
-    names = {
-        id(layer.output): layer.name
+    """New inputs like the old ones, of their names, which `clone_model` would lose."""
+    layers = {
+        id(layer.output): layer
         for layer in model.layers
         if isinstance(layer, keras.layers.InputLayer)
     }
     return tree.map_structure(
-        lambda x: keras.Input(
-            batch_shape=x.shape, dtype=x.dtype, name=names.get(id(x), x.name)
+        lambda x: (
+            clone(layers[id(x)]).output
+            if id(x) in layers
+            else keras.Input(batch_shape=x.shape, dtype=x.dtype, name=x.name)
         ),
         model.input,
     )
@@ -137,14 +165,22 @@ def copy_state(old, new):
         source.save_own_variables(store)
         if store:
             # Through numpy: on JAX, variables would share a buffer that is donated.
-            target.load_own_variables(
-                {key: ops.convert_to_numpy(value) for key, value in store.items()}
-            )
-    sources = [w for w in old.weights if is_method_variable(w)]
-    targets = [w for w in new.weights if is_method_variable(w)]
-    if [w.name for w in sources] == [w.name for w in targets]:
+            target.load_own_variables({k: _array(v) for k, v in store.items()})
+        if hasattr(source, "save_assets"):
+            with tempfile.TemporaryDirectory() as directory:
+                source.save_assets(directory)
+                target.load_assets(directory)
+    if hasattr(old, "sparsity_error"):
+        new.sparsity_error = old.sparsity_error
+    if list(map(type, governors(old))) == list(map(type, governors(new))):
+        sources = filter(is_method_variable, old.weights)
+        targets = filter(is_method_variable, new.weights)
         for source, target in zip(sources, targets, strict=True):
-            target.assign(ops.convert_to_numpy(source))
+            target.assign(_array(source))
+
+
+def _array(value):
+    return ops.convert_to_numpy(ops.convert_to_tensor(value))
 
 
 def _plain_layers(layer):

@@ -34,7 +34,7 @@ class KernelPenalty(keras.Layer, keras.regularizers.Regularizer):
 
     def __call__(self, x):
         if isinstance(x, keras.Variable):
-            self._bind(x)
+            self.bind(x)
         if not self.built:
             self.build(tuple(x.shape))
         return self.penalty(ops.cast(x, "float32"))
@@ -42,7 +42,8 @@ class KernelPenalty(keras.Layer, keras.regularizers.Regularizer):
     def build(self, input_shape):
         """Creates the penalty's own weights from the kernel's shape."""
 
-    def _bind(self, kernel):
+    def bind(self, kernel):
+        """Makes `kernel` the one that is regularized, or raises for a second one."""
         bound = self._kernel()
         if bound is None:
             self._kernel = weakref.ref(kernel)
@@ -90,9 +91,9 @@ class HALO(KernelPenalty):
     training; `keras_sparsity.prune` is the last step.
 
     The scale is kept between `scale_floor` and `scale_ceiling`: an optimizer's update
-    that leaves the range is put back to its end. Below the floor (a scale that was
-    assigned) the penalty and the pull on the scale are those at the floor, so that
-    neither becomes infinite and the scale is never out of reach.
+    that leaves the range is put back to its end. Where a scale was assigned below the
+    floor, the weight's part of the penalty and of the gradients is that at the floor:
+    neither becomes infinite, and the next update puts the scale back.
 
     The scales' learning rate matters as much as `xi` and `psi`: see
     `keras_sparsity.SparsityOptimizer`. Weight decay must not reach them.
@@ -252,7 +253,7 @@ class SWS(KernelPenalty):
 
     def load_own_variables(self, store):
         # The file has the scale, a scalar, not the kernel's shape; none is needed.
-        if not self.built:
+        if not self.built and "0" in store.keys():  # noqa: SIM118, HDF5 is no dict
             self.build(())
         super().load_own_variables(store)
 
@@ -260,7 +261,8 @@ class SWS(KernelPenalty):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""
         scale = ops.cast(self.scale, "float32")
         square = ops.maximum(ops.square(scale), SCALE_FLOOR**2)
-        return self.xi * ops.sum(ops.abs(w)) / square + self.psi * ops.square(scale)
+        pull = self.xi * ops.sum(w * ops.sign(w)) / square
+        return pull + self.psi * ops.square(scale)
 
     def get_config(self):
         return {**super().get_config(), "xi": self.xi, "psi": self.psi}
@@ -301,7 +303,8 @@ class MCP(KernelPenalty):
 
     def penalty(self, w):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""
-        magnitude = ops.minimum(ops.abs(w), self.gamma * self.lam)
+        # Not `abs(w)`, whose gradient at 0 is 1 on JAX.
+        magnitude = ops.minimum(w * ops.sign(w), self.gamma * self.lam)
         return ops.sum(self.lam * magnitude - ops.square(magnitude) / (2 * self.gamma))
 
     def get_config(self):

@@ -10,6 +10,7 @@ from keras import ops
 from keras_sparsity.macs import uses_per_weight
 from keras_sparsity.selection import (
     check_model,
+    effective_values,
     finite_values,
     governed_weights,
     governors,
@@ -178,7 +179,9 @@ def report(model) -> SparsityReport:
             if any(weight is seen for seen, _ in arrays):
                 continue  # shared with a layer before
             found = governed.get(id(weight))
-            values = finite_values(weight.path, found.effective if found else weight)
+            values = (
+                effective_values(found) if found else finite_values(weight.path, weight)
+            )
             arrays.append((weight, values))
             rows.append(_row(layer, weight, found, values, uses[id(weight)]))
     if governed:

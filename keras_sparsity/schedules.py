@@ -38,6 +38,11 @@ class ConstantSparsity:
         """The sparsity at `step`, an integer tensor."""
         return ops.where(step >= self.begin_step, self.final_sparsity, 0.0)
 
+    def is_due(self, step):
+        """Whether weights are pruned at `step`, an integer tensor: a boolean one."""
+        steps = step - self.begin_step
+        return ops.logical_and(steps >= 0, ops.equal(steps % self.frequency, 0))
+
     def get_config(self):
         return dict(vars(self))
 
@@ -99,3 +104,7 @@ class CubicSparsity(ConstantSparsity):
         rise = self.final_sparsity - self.initial_sparsity
         sparsity = self.final_sparsity - rise * (1.0 - progress) ** 3
         return ops.where(step >= self.begin_step, sparsity, 0.0)
+
+    def is_due(self, step):
+        """Whether weights are pruned at `step`: the last one, `end_step`, always is."""
+        return ops.logical_or(super().is_due(step), ops.equal(step, self.end_step))

@@ -41,7 +41,7 @@ class Governed(NamedTuple):
 def walk(layer) -> list:
     """`layer` and all the layers in it, at any depth, each once, parents first."""
     found: dict[int, Any] = {id(layer): layer}
-    # The one private attribute here: public `layers` exists on models only.
+    # Private, because public `layers` exists on models only.
     for inner in layer._layers:
         found.update((id(each), each) for each in walk(inner) if id(each) not in found)
     return list(found.values())
@@ -112,6 +112,10 @@ def check_ungoverned(layer, wrapper: str) -> None:
 
 def governed_weights(layer) -> list[Governed]:
     """Every governed weight in `layer`, once each, in the order of `layer.weights`."""
+    for weight in layer.weights:
+        # A penalty that was not computed yet, as after loading, has not met its kernel.
+        if hasattr(weight.regularizer, "bind"):
+            weight.regularizer.bind(weight)
     found: dict[int, Governed] = {}
     for governor in governors(layer):
         for governed in governor.governed_weights():
@@ -119,9 +123,17 @@ def governed_weights(layer) -> list[Governed]:
     return [found[id(v)] for v in layer.weights if id(v) in found]
 
 
+def effective_values(governed: Governed) -> np.ndarray:
+    """What inference computes with, as an array, checked for NaN."""
+    path = governed.variable.path
+    if governed.threshold is not None:
+        finite_values(f"the threshold of {path}", governed.threshold)
+    return finite_values(path, governed.effective)
+
+
 def finite_values(path: str, tensor) -> np.ndarray:
     """`tensor` as an array, or a `ValueError` that names the weight that is NaN."""
-    values = ops.convert_to_numpy(tensor)
+    values = ops.convert_to_numpy(ops.convert_to_tensor(tensor))
     if values.dtype.kind not in "iub" and np.isnan(values).any():
         raise ValueError(
             f"Weight '{path}' must be free of NaN. Received {np.isnan(values).sum()} "
@@ -149,9 +161,17 @@ def is_prunable(variable) -> bool:
     )
 
 
+def kernels(layer) -> list:
+    """The floating-point weights of rank 2 or more in `layer` that it made to train."""
+    # Frozen or not: a frozen layer must be rebuilt as it was. Only this private list
+    # still tells what was trainable from what never was.
+    made = {id(w) for inner in walk(layer) for w in inner._trainable_variables}
+    return [w for w in layer.weights if id(w) in made and is_prunable(w)]
+
+
 def prunable(layer) -> list:
-    """The trainable floating-point weights of rank 2 or more in `layer`."""
-    return [w for w in layer.trainable_weights if is_prunable(w)]
+    """The kernels of `layer` that are trainable now."""
+    return [w for w in kernels(layer) if w.trainable and layer.trainable]
 
 
 def name_within(layer, variable) -> str:
@@ -174,7 +194,7 @@ def choose(layer, variables: str | Callable[[Any], bool] | None = None) -> list:
     Raises:
         ValueError: If nothing is left to govern.
     """
-    candidates = prunable(layer)
+    candidates = kernels(layer)
     if callable(variables):
         chosen = [w for w in candidates if variables(w)]
     elif variables is not None:
@@ -193,7 +213,6 @@ def choose(layer, variables: str | Callable[[Any], bool] | None = None) -> list:
             "govern. Expected a trainable weight of rank 2 or more"
             + (f" that `variables={variables!r}` selects" if variables else "")
             + f". Received weights: {', '.join(weights) or 'none'}"
-            + ("" if layer.trainable else " (the layer is frozen)")
         )
     return chosen
 

@@ -1,9 +1,12 @@
 """A layer reads given tensors in place of its variables."""
 
+import functools
+import inspect
+
 import keras
 from keras import tree
 
-from keras_sparsity.selection import check_ungoverned, choose, name_within
+from keras_sparsity.selection import check_ungoverned, choose, name_within, walk
 
 
 def call_with(layer, substitutes, *args, **kwargs):
@@ -60,6 +63,14 @@ class TransparentWrapper(keras.layers.Wrapper):
         **kwargs: `name` and `trainable`, as for any layer.
     """
 
+    def __new__(cls, layer, *args, **kwargs):
+        # Keras inspects the signature of `call`: to know the arguments that are
+        # tensors and those that are not, to fill in masks. It must be the layer's.
+        wrapper = super().__new__(cls, layer, *args, **kwargs)
+        if isinstance(layer, keras.Layer):
+            wrapper.call = _with_signature(wrapper.call, layer.call)
+        return wrapper
+
     def __init__(self, layer, **kwargs):
         if isinstance(layer, keras.Layer):  # `Wrapper` refuses what is none
             check_ungoverned(layer, type(self).__name__)
@@ -75,14 +86,9 @@ class TransparentWrapper(keras.layers.Wrapper):
                 self.layer(*_symbolic(args), **_symbolic(kwargs))
         return super().__call__(*args, **kwargs)
 
-    # Keras inspects these two signatures.
-
-    def build(self, input_shape=None):
-        super().build(input_shape)
-
-    def call(self, inputs, *args, training=None, **kwargs):
+    def call(self, *args, training=None, **kwargs):
         # The layer takes `training` from the call context, if it has it at all.
-        return self.layer(inputs, *args, **kwargs)
+        return self.layer(*args, **kwargs)
 
     def compute_mask(self, inputs, previous_mask):
         return self.layer.compute_mask(inputs, previous_mask)
@@ -124,6 +130,11 @@ class SubstitutingWrapper(TransparentWrapper):
 
     def build(self, input_shape=None):
         super().build(input_shape)
+        if any(getattr(inner, "stateful", False) for inner in walk(self.layer)):
+            raise ValueError(
+                f"Layer '{self.layer.name}' must not be stateful: its states are kept "
+                "apart from its weights, and would be lost. Received: stateful=True"
+            )
         self._gated = Untracked(choose(self.layer, self.variables_to_gate))
         self.build_gates(self._gated.variables)
 
@@ -142,18 +153,15 @@ class SubstitutingWrapper(TransparentWrapper):
     def effective_weights(self, training) -> list:
         raise NotImplementedError
 
-    def call(self, inputs, *args, training=None, **kwargs):
+    def call(self, *args, training=None, **kwargs):
         weights = zip(self.gated, self.effective_weights(training), strict=True)
-        outputs, losses = call_with(self.layer, weights, inputs, *args, **kwargs)
+        outputs, losses = call_with(self.layer, weights, *args, **kwargs)
         if losses:
             self.add_loss(sum(losses))
         return outputs
 
     def get_config(self):
-        variables = self.variables_to_gate
-        if callable(variables):
-            variables = keras.saving.serialize_keras_object(variables)
-        return {**super().get_config(), "variables": variables}
+        return {**super().get_config(), "variables": self.variables_to_gate}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
@@ -170,3 +178,21 @@ def _symbolic(structure):
         lambda x: keras.KerasTensor(x.shape, x.dtype) if hasattr(x, "shape") else x,
         structure,
     )
+
+
+def _with_signature(call, inner_call):
+    """`call` with the signature of `inner_call`, and `training` if it has it not."""
+
+    @functools.wraps(call)
+    def wrapped(*args, **kwargs):
+        return call(*args, **kwargs)
+
+    signature = inspect.signature(inner_call)
+    parameters = list(signature.parameters.values())
+    if "training" not in signature.parameters:
+        training = inspect.Parameter("training", inspect.Parameter.KEYWORD_ONLY)
+        has_rest = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
+        index = len(parameters) - bool(has_rest)
+        parameters.insert(index, training.replace(default=None))
+    wrapped.__signature__ = signature.replace(parameters=parameters)
+    return wrapped

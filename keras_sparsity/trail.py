@@ -423,7 +423,7 @@ def _counted_weights(model):
     named: dict[str, Governed] = {}
     for weight in weights:
         name = name_within(model, weight.variable)
-        while name in named:  # in two nested models layers may have one path
+        while name in named:  # a layer may have two of one name in it
             name += "+"
         named[name] = weight
     return named

@@ -15,7 +15,7 @@ from keras_sparsity.selection import (
     Governed,
     check_filters,
     check_model,
-    finite_values,
+    effective_values,
     governed_weights,
     governors,
     leaves,
@@ -23,7 +23,6 @@ from keras_sparsity.selection import (
     no_match,
     plain_weights,
     prunable,
-    walk,
 )
 from keras_sparsity.wrappers import Penalized
 
@@ -69,7 +68,7 @@ def sparsify(model, method, filters=None):
         wrap = functools.partial(_wrap, method=method)
     else:
         raise TypeError(
-            "Argument `method` must be a `keras.regularizers.Regularizer`, or a callable "
+            "Argument `method` must be a `keras.regularizers.Regularizer` or a function "
             f"that takes a layer and returns one. Received: method={method!r}"
         )
     selected = [layer for layer in leaves(model) if matches(layer, filters)]
@@ -84,11 +83,12 @@ def sparsify(model, method, filters=None):
 
     rebuilt = Rebuilt(model, convert)
     if candidates and len(rebuilt.errors) == len(candidates):
-        name, error = next(iter(rebuilt.errors.items()))
+        names = [layer.name for layer, _ in rebuilt.errors.values()]
+        _, error = next(iter(rebuilt.errors.values()))
         raise ValueError(
-            "Argument `method` must be able to handle one of the layers "
-            f"{list(rebuilt.errors)}. Received for layer '{name}': {error}"
-        )
+            f"Argument `method` must be able to handle one of the layers {names}. "
+            f"Received for layer '{names[0]}': {error}"
+        ) from error
     # Scales are made when a penalty is computed first; an optimizer must find them.
     _ = rebuilt.model.losses
     for old, new in rebuilt.layers:
@@ -167,7 +167,7 @@ def finalize(model, keep_zeros=False):
     """
     check_model(model, "finalize")
     values = {
-        id(governed.variable): _effective(governed)
+        id(governed.variable): effective_values(governed)
         for governed in governed_weights(model)
     }
     return _plain(model, values, keep_zeros)
@@ -248,9 +248,18 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
             "Argument `model` of `pruning_curve` must be compiled with the metrics to "
             "compute. Received a model that is not compiled."
         )
-    values = [pruned_values(model, check_sparsity("sparsities", s)) for s in sparsities]
+    if not np.iterable(sparsities):
+        raise TypeError(
+            "Argument `sparsities` must be a sequence of numbers in [0, 1). Received: "
+            f"sparsities={sparsities!r}"
+        )
+    sparsities = [check_sparsity("sparsities", sparsity) for sparsity in sparsities]
+    values = [pruned_values(model, sparsity) for sparsity in sparsities]
     small = _plain(model, {})
-    small.compile_from_config(model.get_compile_config())
+    # The public way goes through a file's form, and so fails for a loss or a metric
+    # that is a function nobody registered.
+    compiled_with = {**model._compile_config.config, "optimizer": None}
+    small.compile(**compiled_with)
     variables = dict(zip(map(id, plain_weights(model)), small.weights, strict=True))
     curve = []
     for sparsity, weights in zip(sparsities, values, strict=True):
@@ -285,9 +294,9 @@ def pruned_values(model, sparsity, scope="global", filters=None):
     if scope == "global":
         pools = [[governed for pool in pools for governed in pool]]
     # What is governed but not selected keeps its effective values.
-    values = {key: _effective(g) for key, g in governed.items()}
+    values = {key: effective_values(g) for key, g in governed.items()}
     for pool in pools:
-        arrays = {id(g.variable): _effective(g) for g in pool}
+        arrays = {id(g.variable): effective_values(g) for g in pool}
         values.update(_prune_pool(arrays, sparsity))
     return values
 
@@ -304,10 +313,6 @@ def _prune_pool(arrays, sparsity):
         key: part.reshape(a.shape)
         for (key, a), part in zip(arrays.items(), np.split(flat, ends), strict=True)
     }
-
-
-def _effective(governed):
-    return finite_values(governed.variable.path, governed.effective)
 
 
 def _plain(model, values, keep_zeros=False):
@@ -327,14 +332,22 @@ def _plain(model, values, keep_zeros=False):
         return KeepZeros(plain, variables=f"^({'|'.join(sorted(names))})$")
 
     rebuilt = Rebuilt(model, convert)
+    for _, error in rebuilt.errors.values():
+        raise error
     for old, new in rebuilt.layers:
         copy_state(old, new)
         for variable, copy in zip(plain_weights(old), plain_weights(new), strict=True):
             if id(variable) in values:
                 copy.assign(values[id(variable)])
-        for inner in walk(new):
-            if keep_zeros and isinstance(inner, KeepZeros):
-                inner.keep_zeros()
+        if isinstance(new, KeepZeros):
+            new.keep_zeros()
+        elif governors(new):
+            raise ValueError(
+                f"Layer '{old.name}' (of type {type(old).__name__}) must have no "
+                f"{type(governors(new)[0]).__name__} that it makes in its own code: "
+                "its config cannot say how it is without. Build the layer without the "
+                "method, and use `sparsify` on the model."
+            )
     return rebuilt.model
 
 

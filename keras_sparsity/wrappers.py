@@ -17,16 +17,17 @@ from keras_sparsity.substitution import (
 _HIGHEST = 1 - 2**-10
 
 # A kernel of equal values has no spread to measure thresholds with. This relative
-# floor on its variance leaves its gates open.
+# floor on its variance leaves its gates open. One of zeros has no size either.
 _SMALLEST_VARIANCE = 1e-6
+_ZERO = 1e-30
 
 
 def magnitude_variance(squares, w):
     """`Var(|w|)`, the population variance, as a float32 scalar > 0."""
     mean_square = ops.mean(squares)
     variance = mean_square - ops.square(ops.mean(ops.abs(w)))
-    floor = _SMALLEST_VARIANCE * mean_square + keras.config.epsilon() ** 4
-    return ops.maximum(variance, floor)
+    variance = ops.maximum(variance, _SMALLEST_VARIANCE * mean_square)
+    return ops.where(variance > _ZERO, variance, 1.0)
 
 
 @keras.saving.register_keras_serializable("keras_sparsity")
