@@ -1,10 +1,13 @@
 """Layers around layers: LTP, which learns thresholds, and Penalized."""
 
+import functools
+
 import keras
 from keras import ops
 
 from keras_sparsity.bounds import Bounds
 from keras_sparsity.checks import check_number
+from keras_sparsity.handover import Handover
 from keras_sparsity.selection import Governed, choose
 from keras_sparsity.substitution import (
     SubstitutingWrapper,
@@ -118,6 +121,7 @@ class LTP(SubstitutingWrapper):
         self.threshold_units = threshold_units
 
     def build_gates(self, variables):
+        self._counts = Handover()
         self.thresholds = [
             self.add_weight(
                 name=f"ltp_threshold_{self.suffix(variable)}",
@@ -125,35 +129,43 @@ class LTP(SubstitutingWrapper):
                 dtype="float32",
                 initializer=keras.initializers.Constant(self.initial_threshold),
                 # A regularizer is counted once however often the layer is called.
-                regularizer=self._price_of(variable),
+                regularizer=functools.partial(self._price, index),
                 constraint=Bounds(0.0),
                 autocast=False,
             )
-            for variable in variables
+            for index, variable in enumerate(variables)
         ]
 
-    def _price_of(self, variable):
-        return lambda threshold: self.l0 * ops.sum(self._soft_gate(variable, threshold))
+    def _price(self, index, threshold):
+        count = self._counts.take(self.thresholds[index])
+        if count is None:
+            count = ops.sum(self._soft_gate(self.gated[index], threshold))
+        return self.l0 * count
 
     def _measure(self, variable, threshold):
-        """Squares of the weights and what they are compared with, in `w**2` units."""
+        """Squares of the weights, what they are compared with, and `Var(|w|)`."""
         w = ops.stop_gradient(ops.cast(variable, "float32"))
-        squares = ops.square(w)
+        squares = w * w
         variance = magnitude_variance(squares, w)
-        unit = variance if self.threshold_units == "variance" else 1.0
-        tau = ops.minimum(threshold * unit, _HIGHEST * ops.max(squares))
-        return squares, tau, variance
+        tau = threshold * (variance if self.threshold_units == "variance" else 1.0)
+        # Held below the largest square, but in value only: the gradient, which would
+        # be cut off by a minimum, can bring a threshold back.
+        excess = ops.relu(tau - _HIGHEST * ops.max(squares))
+        return squares, tau - ops.stop_gradient(excess), variance
 
     def _soft_gate(self, variable, threshold):
         squares, tau, variance = self._measure(variable, threshold)
-        return ops.sigmoid((squares - tau) * (1 / (self.temperature * variance)))
+        sharpness = 1 / (self.temperature * variance)
+        return ops.sigmoid(squares * sharpness - tau * sharpness)
 
     def effective_weights(self, training):
         weights = []
         for variable, threshold in zip(self.gated, self.thresholds, strict=True):
             w = ops.cast(variable, "float32")
             if training:
-                weights.append(w * self._soft_gate(variable, threshold))
+                gate = self._soft_gate(variable, threshold)
+                self._counts.put(threshold, ops.sum(gate))
+                weights.append(w * gate)
             else:
                 squares, tau, _ = self._measure(variable, threshold)
                 weights.append(ops.where(squares > tau, w, 0.0))
