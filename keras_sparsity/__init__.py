@@ -2,10 +2,11 @@
 
 from keras_sparsity.masks import KeepZeros, MagnitudePruning
 from keras_sparsity.optimizers import SparsityOptimizer
+from keras_sparsity.record import Trail
 from keras_sparsity.regularizers import HALO, MCP, SWS
 from keras_sparsity.report import SparsityReport, report
 from keras_sparsity.schedules import ConstantSparsity, CubicSparsity
-from keras_sparsity.trail import SparsityTrail, Trail
+from keras_sparsity.trail import SparsityTrail
 from keras_sparsity.transform import finalize, prune, pruning_curve, sparsify
 from keras_sparsity.wrappers import LTP, Penalized
 

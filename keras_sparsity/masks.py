@@ -179,7 +179,7 @@ class MagnitudePruning(_Masked):
 
 
 def _largest(magnitude, sparsity):
-    """Mask of all entries but the `floor(sparsity * size)` smallest, ties by position."""
+    """Mask without the `floor(sparsity * size)` smallest entries, ties by position."""
     size = math.prod(magnitude.shape)
     ranks = ops.argsort(ops.argsort(ops.reshape(magnitude, (-1,))))
     zeros = ops.cast(ops.floor(sparsity * size), ranks.dtype)

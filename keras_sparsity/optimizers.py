@@ -1,7 +1,5 @@
 """An optimizer that gives scales and thresholds a learning rate of their own."""
 
-import warnings
-
 import keras
 
 from keras_sparsity.checks import check_number
@@ -198,29 +196,3 @@ def _single_optimizer(name, identifier):
             f"the name of one. Received: {name}={identifier!r}"
         )
     return optimizer
-
-
-def warn_of_weight_decay(model):
-    """Warns if the optimizer of `model` applies weight decay to scales or thresholds.
-
-    Args:
-        model: A compiled `keras.Model`.
-    """
-    optimizer = getattr(model.optimizer, "inner_optimizer", model.optimizer)
-    if not getattr(optimizer, "weight_decay", None):
-        return
-    # Keras has no public way to ask what `exclude_from_weight_decay` left out.
-    decayed = [
-        variable
-        for variable in model.trainable_variables
-        if is_method_variable(variable) and optimizer._use_weight_decay(variable)
-    ]
-    if decayed:
-        warnings.warn(
-            f"Weight decay of the optimizer '{optimizer.name}' pulls {len(decayed)} "
-            f"scales or thresholds towards zero, '{decayed[0].path}' among them. "
-            "Compile the model with `SparsityOptimizer(optimizer)`, or first call "
-            "`optimizer.exclude_from_weight_decay(var_names="
-            f"{sorted({variable.name for variable in decayed})})`.",
-            stacklevel=2,
-        )

@@ -1,6 +1,7 @@
 """A model built anew, with other layers in place of its own."""
 
 import contextlib
+import random
 import tempfile
 
 import keras
@@ -45,9 +46,13 @@ class Rebuilt:
             for layer in walk(model)
             if not type(layer).__module__.startswith("keras.")
         }
+        # Keras draws the seeds of new layers from Python's generator, which the
+        # caller's own code may be in the middle of using, as to shuffle its data.
+        state = random.getstate()
         with keras.saving.custom_object_scope(classes):
             while not self._built(model):
                 pass
+        random.setstate(state)
         self.layers = [(old, self._news[id(old)]) for old, _ in self._olds.values()]
 
     def _built(self, model):

@@ -194,5 +194,8 @@ def _with_signature(call, inner_call):
         has_rest = parameters and parameters[-1].kind is inspect.Parameter.VAR_KEYWORD
         index = len(parameters) - bool(has_rest)
         parameters.insert(index, training.replace(default=None))
-    wrapped.__signature__ = signature.replace(parameters=parameters)
+    # What `inspect.signature` looks for first; mypy does not know it.
+    wrapped.__signature__ = signature.replace(  # type: ignore[attr-defined]
+        parameters=parameters
+    )
     return wrapped

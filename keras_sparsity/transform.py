@@ -68,8 +68,8 @@ def sparsify(model, method, filters=None):
         wrap = functools.partial(_wrap, method=method)
     else:
         raise TypeError(
-            "Argument `method` must be a `keras.regularizers.Regularizer` or a function "
-            f"that takes a layer and returns one. Received: method={method!r}"
+            "Argument `method` must be a `keras.regularizers.Regularizer` or a "
+            f"function that takes a layer and returns one. Received: method={method!r}"
         )
     selected = [layer for layer in leaves(model) if matches(layer, filters)]
     if not selected:

@@ -156,7 +156,8 @@ class LTP(SubstitutingWrapper):
     def _soft_gate(self, variable, threshold):
         squares, tau, variance = self._measure(variable, threshold)
         sharpness = 1 / (self.temperature * variance)
-        return ops.sigmoid(squares * sharpness - tau * sharpness)
+        # A sum, with the signs on the scalars: TensorFlow negates what it subtracts.
+        return ops.sigmoid(squares * sharpness + -tau * sharpness)
 
     def effective_weights(self, training):
         weights = []

@@ -1,7 +1,6 @@
 """Scales and thresholds have a learning rate of their own; nothing else changes."""
 
 import math
-import warnings
 import zipfile
 
 import h5py
@@ -10,7 +9,7 @@ import numpy as np
 import pytest
 from keras import ops
 
-from keras_sparsity.optimizers import SparsityOptimizer, warn_of_weight_decay
+from keras_sparsity.optimizers import SparsityOptimizer
 
 OPTIMIZERS = [
     keras.optimizers.Adadelta,
@@ -414,35 +413,3 @@ def test_bad_optimizer(argument, make):
     arguments = {"optimizer": "sgd", argument: make()}
     with pytest.raises(ValueError, match=f"Argument `{argument}` must be a Keras"):
         SparsityOptimizer(**arguments)
-
-
-@pytest.mark.parametrize("wrap", [lambda o: o, keras.optimizers.LossScaleOptimizer])
-def test_warns_of_weight_decay(wrap):
-    model = compiled(wrap(keras.optimizers.AdamW(0.1)))
-    with pytest.warns(UserWarning, match="pulls 2 scales or thresholds") as caught:
-        warn_of_weight_decay(model)
-    assert "['halo_scale', 'ltp_threshold']" in str(caught[0].message)
-
-
-def excluding():
-    optimizer = keras.optimizers.AdamW(0.1)
-    optimizer.exclude_from_weight_decay(var_names=["halo_scale", "ltp_threshold"])
-    return optimizer
-
-
-@pytest.mark.parametrize(
-    "optimizer, governed",
-    [
-        (lambda: SparsityOptimizer(keras.optimizers.AdamW(0.1)), True),
-        (excluding, True),
-        (lambda: keras.optimizers.AdamW(0.1, weight_decay=0.0), True),
-        (lambda: keras.optimizers.SGD(0.1), True),
-        (lambda: keras.optimizers.AdamW(0.1), False),
-    ],
-    ids=["sparsity_optimizer", "excluded", "zero", "none", "plain_model"],
-)
-def test_does_not_warn(optimizer, governed):
-    model = compiled(optimizer(), governed)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        warn_of_weight_decay(model)

@@ -10,8 +10,9 @@ import keras
 import numpy as np
 import pytest
 
+from keras_sparsity.record import Trail, pareto_front
 from keras_sparsity.regularizers import HALO
-from keras_sparsity.trail import SparsityTrail, Trail, pareto_front
+from keras_sparsity.trail import SparsityTrail
 from keras_sparsity.wrappers import LTP
 
 RNG = np.random.default_rng(0)
@@ -225,12 +226,6 @@ def test_training_is_the_same_without_a_trail(tmp_path):
     fit(without, epochs=2)
     for a, b in zip(with_trail.get_weights(), without.get_weights(), strict=True):
         np.testing.assert_array_equal(a, b)
-
-
-def test_weight_decay_on_thresholds_is_warned_of(tmp_path):
-    model = make_model(optimizer=keras.optimizers.AdamW())
-    with pytest.warns(UserWarning, match="Weight decay.*thresholds"):
-        fit(model, SparsityTrail(tmp_path, keep="none"))
 
 
 # Which checkpoints are kept
