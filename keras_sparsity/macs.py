@@ -1,9 +1,16 @@
 """How many multiplications and additions each weight takes part in."""
 
+import collections
 import math
 import re
 
 import keras
+
+from keras_sparsity.selection import is_rewritable
+
+# Keras' names for weights that are no factors of a matrix product.
+_ADDED = ("bias", "beta")
+_ELEMENTWISE = ("gamma", "alpha")
 
 
 def uses_per_weight(layer, steps=1, outer=None) -> dict:
@@ -35,14 +42,34 @@ def uses_per_weight(layer, steps=1, outer=None) -> dict:
     for weight in layer.weights:
         if id(weight) not in found:
             uses = _uses(layer, weight, shape)
-            found[id(weight)] = _product([steps, outer if uses is None else uses])
+            if uses is None and not _is_convolutional_cell(layer):
+                uses = outer
+            found[id(weight)] = _product([steps, uses])
     return found
 
 
+def calls_per_layer(model) -> dict:
+    """How often each layer of a model is called, by `id(layer)`."""
+    counts: collections.Counter = collections.Counter()
+    layers = model.layers
+    if isinstance(model, keras.Function):
+        # Only the private nodes tell of a layer that is called more than once.
+        nodes = model._nodes_by_depth.values()
+        layers = [node.operation for level in nodes for node in level]
+    for layer in layers:
+        if is_rewritable(layer):
+            counts.update(calls_per_layer(layer))
+        else:
+            counts[id(layer)] += 1
+    return counts
+
+
 def _uses(layer, weight, shape):
-    if len(weight.shape) < 2 or "bias" in weight.name or _looks_up(layer):
+    if len(weight.shape) < 2 or weight.name in _ADDED or _looks_up(layer):
         return 0
-    if shape is None:
+    if weight.name in _ELEMENTWISE:
+        return 1
+    if shape is None or _is_convolutional_cell(layer):
         return None
     if hasattr(layer, "equation"):
         return _einsum_uses(layer.equation, shape, weight.shape)
@@ -52,6 +79,10 @@ def _uses(layer, weight, shape):
         first = layer.data_format == "channels_first"
         return _product(seen[2:] if first else seen[1:-1])
     return _product(shape[1:-1])
+
+
+def _is_convolutional_cell(layer):
+    return hasattr(layer, "kernel_size") and hasattr(layer, "recurrent_initializer")
 
 
 def _looks_up(layer):

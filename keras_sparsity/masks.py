@@ -5,7 +5,7 @@ import math
 import keras
 from keras import ops
 
-from keras_sparsity.selection import Governed
+from keras_sparsity.selection import Governed, full_precision
 from keras_sparsity.substitution import SubstitutingWrapper
 
 
@@ -31,7 +31,7 @@ class _Masked(SubstitutingWrapper):
 
     def effective_weights(self, training):
         return [
-            ops.where(ops.convert_to_tensor(mask), ops.cast(variable, "float32"), 0.0)
+            ops.where(ops.convert_to_tensor(mask), full_precision(variable), 0.0)
             for variable, mask in zip(self.gated, self.masks, strict=True)
         ]
 

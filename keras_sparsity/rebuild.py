@@ -83,18 +83,19 @@ class Rebuilt:
 
     def _rebuild_sequential(self, model):
         (given,) = model.inputs
-        x = keras.KerasTensor(given.shape, given.dtype, sparse=given.sparse)
+        _, first, *_ = walk(model)
+        start = [clone(first)] if isinstance(first, keras.layers.InputLayer) else []
+        x = start[0].output if start else keras.KerasTensor(given.shape, given.dtype)
         with keras.name_scope(model.name):
             for layer in model.layers:
                 x = self._call(self._new(layer), x)
-        start = keras.Input(
-            batch_shape=given.shape,
-            dtype=given.dtype,
-            sparse=given.sparse,
-            name=given.name,
+        is_made_alike = type(model).__init__ is keras.Sequential.__init__
+        new = (type(model) if is_made_alike else keras.Sequential)(
+            [*start, *map(self._new, model.layers)], name=model.name
         )
-        layers = [self._new(layer) for layer in model.layers]
-        return keras.Sequential([start, *layers], name=model.name)
+        if not start:  # it was built by its first call
+            new.build(given.shape)
+        return new
 
     def _new(self, layer):
         """What stands in the place of `layer`, made when asked for first."""

@@ -7,7 +7,7 @@ from keras import ops
 
 from keras_sparsity.bounds import Bounds
 from keras_sparsity.checks import check_number
-from keras_sparsity.selection import Governed
+from keras_sparsity.selection import Governed, full_precision
 
 SCALE_FLOOR = 1e-3
 
@@ -62,8 +62,7 @@ class KernelPenalty(keras.Layer, keras.regularizers.Regularizer):
         kernel = self._kernel()
         if kernel is None:
             return []
-        values = ops.cast(kernel, "float32")
-        return [Governed(kernel, type(self).__name__, values)]
+        return [Governed(kernel, type(self).__name__, full_precision(kernel))]
 
     def load_own_variables(self, store):
         # A penalty that has not met its kernel yet learns the shape from the file.

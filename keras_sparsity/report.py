@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 from keras import ops
 
-from keras_sparsity.macs import uses_per_weight
+from keras_sparsity.macs import calls_per_layer, uses_per_weight
 from keras_sparsity.selection import (
     check_model,
     effective_values,
@@ -92,7 +92,7 @@ class SparsityReport:
 
     @property
     def total_sparsity(self) -> float:
-        return 1 - self.nonzeros / max(self.parameters, 1)
+        return (self.parameters - self.nonzeros) / max(self.parameters, 1)
 
     @property
     def macs(self) -> int | None:
@@ -173,6 +173,7 @@ def report(model) -> SparsityReport:
     governed = {id(g.variable): g for g in governed_weights(model)}
     rows: list[WeightRow] = []
     arrays: list[tuple] = []
+    calls = calls_per_layer(model)
     for layer in leaves(model):
         uses = uses_per_weight(layer)
         for weight in plain_weights(layer):
@@ -183,7 +184,10 @@ def report(model) -> SparsityReport:
                 effective_values(found) if found else finite_values(weight.path, weight)
             )
             arrays.append((weight, values))
-            rows.append(_row(layer, weight, found, values, uses[id(weight)]))
+            times = uses[id(weight)]
+            if times is not None:
+                times *= calls[id(layer)]
+            rows.append(_row(layer, weight, found, values, times))
     if governed:
         counted = [row for row in rows if row.method]
     else:

@@ -26,8 +26,8 @@ class Governed(NamedTuple):
     Attributes:
         variable: The `keras.Variable` that is stored and trained.
         method: Name of the method, such as `"LTP"`.
-        effective: Float32 tensor of the variable's shape: the values that inference
-            computes with.
+        effective: Tensor of the variable's shape: the values that inference computes
+            with, in float32 or more.
         threshold: Scalar tensor: a weight is kept where `w**2` is larger. `None` for
             methods without a threshold.
     """
@@ -70,6 +70,13 @@ def check_model(model, function: str) -> None:
             f"Argument `model` of `{function}` must be built. Received a model "
             "without weights yet: give it a `keras.Input`, or call it on data first."
         )
+    for layer in walk(model):
+        if getattr(layer, "lora_enabled", False):
+            raise ValueError(
+                f"Argument `model` of `{function}` must have no LoRA adapters: what "
+                "they add to a kernel would be lost. Received one in layer "
+                f"'{layer.name}'. Saving and loading the model merges it."
+            )
 
 
 def is_rewritable(layer) -> bool:
@@ -129,6 +136,12 @@ def effective_values(governed: Governed) -> np.ndarray:
     if governed.threshold is not None:
         finite_values(f"the threshold of {path}", governed.threshold)
     return finite_values(path, governed.effective)
+
+
+def full_precision(variable):
+    """The value of `variable` in float32, or in float64 if that is its type."""
+    dtype = keras.backend.standardize_dtype(variable.dtype)
+    return ops.cast(variable, "float64" if dtype == "float64" else "float32")
 
 
 def finite_values(path: str, tensor) -> np.ndarray:

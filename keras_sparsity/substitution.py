@@ -41,14 +41,14 @@ def call_with(layer, substitutes, *args, **kwargs):
 
 
 class Untracked:
-    """Holds variables for a layer that does not own them.
+    """Holds variables, or layers, for a layer that does not own them.
 
-    Keras tracks a list of variables that is an attribute of a layer, and stores them
+    Keras tracks those that are attributes of a layer, in a list too, and stores them
     in every file once more.
     """
 
-    def __init__(self, variables):
-        self.variables = list(variables)
+    def __init__(self, content):
+        self.content = list(content)
 
 
 class TransparentWrapper(keras.layers.Wrapper):
@@ -136,12 +136,12 @@ class SubstitutingWrapper(TransparentWrapper):
                 "apart from its weights, and would be lost. Received: stateful=True"
             )
         self._gated = Untracked(choose(self.layer, self.variables_to_gate))
-        self.build_gates(self._gated.variables)
+        self.build_gates(self._gated.content)
 
     @property
     def gated(self) -> list:
         """The variables of the layer that are gated."""
-        return self._gated.variables
+        return self._gated.content
 
     def suffix(self, variable) -> str:
         """What to end the names with of the wrapper's own variables for `variable`."""

@@ -8,7 +8,7 @@ from keras import ops
 from keras_sparsity.bounds import Bounds
 from keras_sparsity.checks import check_number
 from keras_sparsity.handover import Handover
-from keras_sparsity.selection import Governed, choose
+from keras_sparsity.selection import Governed, choose, full_precision
 from keras_sparsity.substitution import (
     SubstitutingWrapper,
     TransparentWrapper,
@@ -162,14 +162,13 @@ class LTP(SubstitutingWrapper):
     def effective_weights(self, training):
         weights = []
         for variable, threshold in zip(self.gated, self.thresholds, strict=True):
-            w = ops.cast(variable, "float32")
             if training:
                 gate = self._soft_gate(variable, threshold)
                 self._counts.put(threshold, ops.sum(gate))
-                weights.append(w * gate)
+                weights.append(ops.cast(variable, "float32") * gate)
             else:
                 squares, tau, _ = self._measure(variable, threshold)
-                weights.append(ops.where(squares > tau, w, 0.0))
+                weights.append(ops.where(squares > tau, full_precision(variable), 0.0))
         return weights
 
     def governed_weights(self):
@@ -230,16 +229,16 @@ class Penalized(TransparentWrapper):
                 "Argument `regularizer` must be a `keras.regularizers.Regularizer`. "
                 f"Received: regularizer={regularizer!r}"
             )
-        # Never called itself; a plain dict, so that its layer, if it is one, is not
-        # a part of this one.
-        self._prototype = keras.saving.serialize_keras_object(regularizer)
+        # Never computed itself, and so no part of this layer.
+        self._prototype = Untracked([regularizer])
 
     def build(self, input_shape=None):
         super().build(input_shape)
         self.regularizers = []
         self._kernels = Untracked(choose(self.layer))
-        for kernel in self._kernels.variables:
-            copy = keras.saving.deserialize_keras_object(self._prototype)
+        (prototype,) = self._prototype.content
+        for kernel in self._kernels.content:
+            copy = type(prototype).from_config(prototype.get_config())
             self.regularizers.append(copy)
             copy(kernel)  # creates its scale now
             kernel.regularizer = _both(kernel.regularizer, copy)
@@ -247,14 +246,16 @@ class Penalized(TransparentWrapper):
     def governed_weights(self):
         """What inference computes with: see `selection.Governed`."""
         return [
-            Governed(kernel, type(copy).__name__, ops.cast(kernel, "float32"))
+            Governed(kernel, type(copy).__name__, full_precision(kernel))
             for kernel, copy in zip(
-                self._kernels.variables, self.regularizers, strict=True
+                self._kernels.content, self.regularizers, strict=True
             )
         ]
 
     def get_config(self):
-        return {**super().get_config(), "regularizer": self._prototype}
+        (regularizer,) = self._prototype.content
+        serialized = keras.saving.serialize_keras_object(regularizer)
+        return {**super().get_config(), "regularizer": serialized}
 
     @classmethod
     def from_config(cls, config, custom_objects=None):
