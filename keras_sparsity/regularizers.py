@@ -104,7 +104,8 @@ class HALO(KernelPenalty):
             settle sooner, and sparser.
         scale_decay: Float >= 0, weight decay of the scales as a term of the penalty,
             which is what the published code trains with (1e-4). Defaults to 0.
-        scale_floor: Float > 0, in units of the scale. Defaults to 1e-3.
+        scale_floor: Float > 0, in units of the scale. Much lower, and a weight that
+            comes back throws its scale far up. Defaults to 1e-2.
         scale_ceiling: Float > 1, in units of the scale. Defaults to 10.
 
     Attributes:
@@ -133,7 +134,7 @@ class HALO(KernelPenalty):
         xi,
         psi,
         scale_decay=0.0,
-        scale_floor=1e-3,
+        scale_floor=1e-2,
         scale_ceiling=10.0,
         trainable=True,
     ):

@@ -130,9 +130,10 @@ class SparsityReport:
         ]
         rest = [row for row in self.rows if len(row.shape) < 2]
         reasons: dict[str, list[str]] = {}
-        for row in self.rows:
-            if row.method is None and len(row.shape) >= 2:
-                reasons.setdefault(row.reason or "", []).append(row.path)
+        if any(row.method for row in self.rows):
+            for row in self.rows:
+                if row.method is None and len(row.shape) >= 2:
+                    reasons.setdefault(row.reason or "", []).append(row.path)
         text = _table([head, *lines])
         if rest:
             text += f"\nand {len(rest)} weights of rank 0 and 1, which are not pruned"

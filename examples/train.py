@@ -1,0 +1,324 @@
+"""Trains an image classifier, prunes it, and compares it with the dense one.
+
+Without any flag: a small convolutional network on scikit-learn's handwritten
+digits, pruned by LTP. `--helpshort` lists the other methods, networks and settings.
+"""
+
+import functools
+import importlib
+import json
+import math
+import pathlib
+import shlex
+import sys
+import time
+
+import data as data_sets
+import keras
+import networks
+from absl import app, flags, logging
+
+import keras_sparsity as ks
+
+FLAGS = flags.FLAGS
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+flags.DEFINE_enum(
+    "method",
+    "ltp",
+    ["ltp", "halo", "l1", "magnitude", "dense"],
+    "How to find the weights that are not needed. dense: train as usual.",
+)
+flags.DEFINE_enum("model", "small_cnn", list(networks.NETWORKS), "Network to train.")
+flags.DEFINE_float(
+    "sparsity",
+    None,
+    "Part of the kernel weights to make zero, in [0, 1). Default: with ltp what l0 "
+    "leads to, 0.9 with halo, l1 and magnitude, no pruning with dense. With ltp, the "
+    "best epoch that has at least this sparsity is taken.",
+)
+flags.DEFINE_list(
+    "curve",
+    [],
+    "Sparsities, such as 0.9,0.95,0.99. Reports the test accuracy after one global "
+    "prune to each, without fine-tuning.",
+)
+flags.DEFINE_string(
+    "output", None, "Directory to write to. Default: runs/<dataset>-<model>-<method>."
+)
+
+flags.DEFINE_string(
+    "dataset",
+    "digits",
+    "digits, or an image classification data set of tensorflow-datasets.",
+)
+flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps its data.")
+flags.DEFINE_bool("download", False, "Let tensorflow-datasets download the data set.")
+flags.DEFINE_integer(
+    "image_size", None, "Height and width to resize images to.", lower_bound=1
+)
+flags.DEFINE_float(
+    "validation_split", 0.1, "Part of the training images held out, in (0, 1)."
+)
+
+flags.DEFINE_integer("epochs", 30, "Epochs with the method.", lower_bound=1)
+flags.DEFINE_integer(
+    "pretrain_epochs",
+    None,
+    "Epochs of dense training before. Default: 10 with ltp and magnitude, which start "
+    "from a dense network, 0 with the others.",
+    lower_bound=0,
+)
+flags.DEFINE_integer(
+    "finetune_epochs", 0, "Epochs after, with the zeros kept.", lower_bound=0
+)
+flags.DEFINE_integer("batch_size", 32, "Images per step.", lower_bound=1)
+flags.DEFINE_enum(
+    "optimizer", "sgd", ["sgd", "adam", "adamw"], "Optimizer of the weights."
+)
+flags.DEFINE_float(
+    "learning_rate",
+    0.05,
+    "Learning rate at the start of each phase (dense training, method, fine-tuning); "
+    "divided by 10 at 1/2 and again at 3/4 of it.",
+    lower_bound=0,
+)
+flags.DEFINE_float(
+    "momentum", 0.9, "Momentum of sgd, everywhere.", lower_bound=0, upper_bound=1
+)
+flags.DEFINE_float("weight_decay", 0, "Weight decay of the weights.", lower_bound=0)
+flags.DEFINE_integer("seed", 0, "Seed of everything that is random.")
+flags.DEFINE_enum(
+    "precision",
+    "float32",
+    ["float32", "mixed_bfloat16", "mixed_float16"],
+    "Keras dtype policy.",
+)
+flags.DEFINE_enum(
+    "jit_compile", "auto", ["auto", "true", "false"], "Whether to compile with XLA."
+)
+flags.DEFINE_enum(
+    "verbose", "1", ["0", "1", "2"], "Keras progress: none, bars, or lines."
+)
+
+flags.DEFINE_float("l0", 3e-5, "LTP: the price of one weight.", lower_bound=0)
+flags.DEFINE_float("temperature", 1e-2, "LTP: softness of the gate, > 0.")
+flags.DEFINE_float("initial_threshold", 0, "LTP: first threshold.", lower_bound=0)
+flags.DEFINE_enum(
+    "threshold_units", "variance", ["variance", "absolute"], "LTP: its units."
+)
+flags.DEFINE_float("xi", 3e-7, "HALO: the pull on the weights.", lower_bound=0)
+flags.DEFINE_float("psi", 5e-4, "HALO: the pull on the scales.", lower_bound=0)
+flags.DEFINE_float("scale_decay", 0, "HALO: decay of the scales.", lower_bound=0)
+flags.DEFINE_float("l1", 1e-4, "L1: the pull on the weights.", lower_bound=0)
+flags.DEFINE_float(
+    "multiplier",
+    1,
+    "Learning rate of thresholds and scales over that of the weights, > 0.",
+)
+flags.DEFINE_enum(
+    "sparsity_optimizer", "sgd", ["sgd", "adam"], "Optimizer of thresholds and scales."
+)
+
+flags.register_validator(
+    "sparsity", lambda value: value is None or 0 <= value < 1, "must be in [0, 1)"
+)
+flags.register_validator(
+    "curve",
+    lambda values: all(0 <= float(value) < 1 for value in values),
+    "must be numbers in [0, 1)",
+)
+flags.register_validator(
+    "validation_split", lambda value: 0 < value < 1, "must be in (0, 1)"
+)
+for name in ("temperature", "multiplier"):
+    flags.register_validator(name, lambda value: value > 0, "must be > 0")
+
+
+def main(argv):
+    del argv
+    began = time.monotonic()
+    fill_defaults()
+    output = pathlib.Path(FLAGS.output)
+    output.mkdir(parents=True, exist_ok=True)
+    keras.utils.set_random_seed(FLAGS.seed)
+    keras.config.set_dtype_policy(FLAGS.precision)
+    data = data_sets.load(
+        FLAGS.dataset,
+        data_dir=FLAGS.data_dir,
+        download=FLAGS.download,
+        image_size=FLAGS.image_size,
+        validation=FLAGS.validation_split,
+        seed=FLAGS.seed,
+    )
+    model = networks.build(FLAGS.model, data.train[0].shape[1:], data.classes)
+    if FLAGS.pretrain_epochs:
+        fit(model, data, FLAGS.pretrain_epochs, "dense training")
+    dense = ks.finalize(model)  # a copy
+
+    if FLAGS.method != "dense":
+        model = ks.sparsify(model, method(step_count(data, FLAGS.epochs)))
+    trail = ks.SparsityTrail(output / time.strftime("trail-%Y%m%d-%H%M%S"))
+    fit(model, data, FLAGS.epochs, f"method {FLAGS.method}", [trail])
+    sparse = pick(model, trail.directory)
+    if FLAGS.finetune_epochs:
+        sparse = ks.sparsify(sparse, ks.KeepZeros)
+        fit(sparse, data, FLAGS.finetune_epochs, "fine-tuning")
+        sparse = ks.finalize(sparse)
+
+    # Every choice is made. Now, and only now, the test images.
+    if FLAGS.pretrain_epochs:
+        results = {"dense": measure(dense, data, output / "dense.keras")}
+    else:
+        unpruned = ks.finalize(model)
+        results = {"unpruned": measure(unpruned, data, output / "unpruned.keras")}
+    results["sparse"] = measure(sparse, data, output / "sparse.keras")
+    curve = [float(sparsity) for sparsity in FLAGS.curve]
+    if curve:
+        results["curve"] = ks.pruning_curve(model, *data.test, curve)
+
+    ks.Trail(trail.directory).plot(output / "trail.png")
+    record(output / "results.jsonl", results, time.monotonic() - began)
+    print(f"\n{ks.report(sparse)}\n")
+    print_table(results)
+    print(
+        f"\nWritten to {output}/: sparse.keras (plain Keras), {trail.directory.name}/"
+    )
+
+
+def fill_defaults():
+    """Gives a value to the flags whose default depends on other flags."""
+    from_dense = FLAGS.method in ("ltp", "magnitude")
+    by_magnitude = FLAGS.method in ("halo", "l1", "magnitude")
+    defaults = {
+        "output": f"runs/{FLAGS.dataset}-{FLAGS.model}-{FLAGS.method}",
+        "pretrain_epochs": 10 if from_dense else 0,
+        "sparsity": 0.9 if by_magnitude else None,
+    }
+    for name, value in defaults.items():
+        if FLAGS[name].value is None:
+            FLAGS[name].value = value
+
+
+def step_count(data, epochs):
+    return epochs * math.ceil(len(data.train[0]) / FLAGS.batch_size)
+
+
+def fit(model, data, epochs, phase, callbacks=()):
+    """Compiles and trains `model`; the schedule spans exactly these epochs."""
+    print(f"\n{phase.capitalize()}: {epochs} epochs")
+    total, rate = step_count(data, epochs), FLAGS.learning_rate
+    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
+        [total // 2, total * 3 // 4], [rate, rate / 10, rate / 100]
+    )
+    optimizers = {
+        "sgd": functools.partial(keras.optimizers.SGD, momentum=FLAGS.momentum),
+        "adam": keras.optimizers.Adam,
+        "adamw": keras.optimizers.AdamW,
+    }
+    optimizer = optimizers[FLAGS.optimizer](
+        schedule, weight_decay=FLAGS.weight_decay or None
+    )
+    sparsity_optimizer = optimizers[FLAGS.sparsity_optimizer]()
+    model.compile(
+        ks.SparsityOptimizer(optimizer, sparsity_optimizer, FLAGS.multiplier),
+        LOSS,
+        metrics=["accuracy"],
+        jit_compile={"true": True, "false": False}.get(FLAGS.jit_compile, "auto"),
+    )
+    model.fit(
+        *data.train,
+        batch_size=FLAGS.batch_size,
+        epochs=epochs,
+        validation_data=data.validation,
+        callbacks=callbacks,
+        verbose=int(FLAGS.verbose),
+    )
+
+
+def method(steps):
+    """What `ks.sparsify` puts in place: a regularizer, or a wrapper of layers."""
+    match FLAGS.method:
+        case "ltp":
+            return functools.partial(
+                ks.LTP,
+                l0=FLAGS.l0,
+                temperature=FLAGS.temperature,
+                initial_threshold=FLAGS.initial_threshold,
+                threshold_units=FLAGS.threshold_units,
+            )
+        case "halo":
+            return ks.HALO(FLAGS.xi, FLAGS.psi, FLAGS.scale_decay)
+        case "l1":
+            return keras.regularizers.L1(FLAGS.l1)
+        case "magnitude":
+            # The last quarter of the steps is for recovering.
+            schedule = ks.CubicSparsity(
+                FLAGS.sparsity,
+                end_step=max(1, steps * 3 // 4),
+                frequency=max(1, steps // 100),
+            )
+            return functools.partial(ks.MagnitudePruning, schedule=schedule)
+
+
+def pick(model, trail):
+    """The plain sparse model: from the trail, or by a global magnitude prune."""
+    if FLAGS.sparsity is None:
+        return ks.finalize(model)
+    if FLAGS.method == "ltp":
+        return ks.Trail(trail).select(min_sparsity=FLAGS.sparsity).load()
+    return ks.prune(model, FLAGS.sparsity)
+
+
+def measure(model, data, path):
+    """Saves `model` and says how good and how large it is."""
+    model.save(path)
+    model.compile(loss=LOSS, metrics=["accuracy"])
+    scores = model.evaluate(*data.test, FLAGS.batch_size, verbose=0, return_dict=True)
+    report = ks.report(model)
+    return {
+        "accuracy": scores["accuracy"],
+        "sparsity": report.sparsity,
+        "macs": report.effective_macs,
+        "bytes": path.stat().st_size,
+        "compressed_bytes": report.compressed_bytes,
+    }
+
+
+def record(path, results, seconds):
+    """Appends one line: what was asked for, with which versions, what came out."""
+    backend = keras.backend.backend()
+    versions = {
+        name: importlib.import_module(name).__version__
+        for name in ("keras_sparsity", "keras", backend, "numpy")
+    }
+    entry = {
+        "command": shlex.join(["python", *sys.argv]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        "backend": backend,
+        "versions": versions,
+        "settings": {
+            flag.name: flag.value
+            for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
+        },
+        "seconds": round(seconds, 1),
+        **results,
+    }
+    with path.open("a") as file:
+        print(json.dumps(entry), file=file)
+
+
+def print_table(results):
+    columns = ("accuracy", "zeros", "MACs", "bytes on disk", "compressed")
+    print(" " * 10 + "".join(f"{column:>15}" for column in columns))
+    for label in [label for label in results if label != "curve"]:
+        row = results[label]
+        print(
+            f"{label:10}{row['accuracy']:15.2%}{row['sparsity']:15.2%}"
+            f"{row['macs']:15,}{row['bytes']:15,}{row['compressed_bytes']:15,}"
+        )
+
+
+if __name__ == "__main__":
+    FLAGS.set_default("verbosity", logging.WARNING)  # libraries log through absl
+    app.run(main)
