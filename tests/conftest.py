@@ -1,0 +1,82 @@
+"""What several test files need: seeds, gradients on every backend, stored arrays."""
+
+import io
+import zipfile
+
+import h5py
+import keras
+import numpy as np
+import pytest
+from keras import ops
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    keras.utils.set_random_seed(1)
+
+
+def _tensorflow_gradients(function, variables):
+    import tensorflow as tf
+
+    with tf.GradientTape() as tape:
+        value = function()
+    return tape.gradient(value, [v.value for v in variables])
+
+
+def _jax_gradients(function, variables):
+    import jax
+
+    def stateless(values):
+        with keras.StatelessScope(list(zip(variables, values, strict=True))):
+            return function()
+
+    return jax.grad(stateless)([v.value for v in variables])
+
+
+def _torch_gradients(function, variables):
+    import torch
+
+    return torch.autograd.grad(
+        function(), [v.value for v in variables], allow_unused=True
+    )
+
+
+@pytest.fixture
+def gradients():
+    """`gradients(function, variables)`: of a scalar, as arrays; zeros if unused."""
+    backends = {
+        "tensorflow": _tensorflow_gradients,
+        "jax": _jax_gradients,
+        "torch": _torch_gradients,
+    }
+
+    def gradients(function, variables):
+        computed = backends[keras.backend.backend()](function, variables)
+        return [
+            np.zeros(v.shape) if g is None else ops.convert_to_numpy(g)
+            for v, g in zip(variables, computed, strict=True)
+        ]
+
+    return gradients
+
+
+@pytest.fixture
+def stored_arrays(tmp_path):
+    """`stored_arrays(model)`: the names of the arrays in the file of a model."""
+
+    def stored_arrays(model):
+        path = tmp_path / "stored.keras"
+        model.save(path)
+        names = []
+
+        def visit(name, item):
+            if isinstance(item, h5py.Dataset):
+                names.append(name)
+
+        with zipfile.ZipFile(path) as archive:
+            weights = io.BytesIO(archive.read("model.weights.h5"))
+        with h5py.File(weights) as file:
+            file.visititems(visit)
+        return names
+
+    return stored_arrays

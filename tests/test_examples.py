@@ -1,0 +1,176 @@
+"""The examples: their networks, data and benchmark, and the script from end to end."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import data  # noqa: E402
+import networks  # noqa: E402
+import train  # noqa: E402
+
+
+@pytest.fixture
+def run(tmp_path):
+    """`run(*flags)` runs the script; the results that it wrote as JSON."""
+
+    def run(*arguments):
+        quick = ("--pretrain_epochs=1", "--epochs=2", "--batch_size=64", "--verbose=0")
+        with flagsaver.flagsaver():
+            flags.FLAGS(["train.py", f"--output={tmp_path}", *quick, *arguments])
+            train.main([])
+        return json.loads((tmp_path / "results.jsonl").read_text().splitlines()[-1])
+
+    return run
+
+
+def zeros(model):
+    """Part of the zeros in the kernels."""
+    kernels = [w.numpy() for w in model.weights if w.name == "kernel"]
+    return sum((k == 0).sum() for k in kernels) / sum(k.size for k in kernels)
+
+
+@pytest.mark.parametrize(
+    ("name", "input_shape", "classes", "parameters"),
+    [
+        ("lenet_300_100", (28, 28, 1), 10, 266_610),
+        ("lenet5", (28, 28, 1), 10, 61_706),
+        ("resnet20", (32, 32, 3), 10, 272_474),
+        ("resnet50", (32, 32, 3), 100, 764_404),
+    ],
+)
+def test_networks_have_the_published_number_of_parameters(
+    name, input_shape, classes, parameters
+):
+    model = networks.build(name, input_shape, classes)
+    assert sum(np.prod(w.shape) for w in model.trainable_weights) == parameters
+
+
+def test_an_unknown_network_is_refused_with_the_known_ones():
+    with pytest.raises(ValueError, match="small_cnn.*lenet5.*Received: name=vgg"):
+        networks.build("vgg", (8, 8, 1), 10)
+
+
+def test_digits_are_standardized_and_split_by_seed():
+    digits, others = data.load("digits", seed=0), data.load("digits", seed=1)
+    images, labels = digits.train
+    assert images.shape[1:] == (8, 8, 1) and images.dtype == "float32"
+    np.testing.assert_allclose([images.mean(), images.std()], [0, 1], atol=1e-5)
+    assert [len(y) for _, y in digits[:3]] == [1294, 144, 359]
+    assert not np.array_equal(digits.validation[1], others.validation[1])
+    np.testing.assert_array_equal(digits.test[1], others.test[1])
+
+
+def test_sets_of_tensorflow_datasets_are_read(tmp_path):
+    pytest.importorskip("tensorflow")
+    tfds = pytest.importorskip("tensorflow_datasets")
+    images = np.random.default_rng(0).integers(0, 256, (60, 4, 4, 3), dtype="uint8")
+
+    class TinyImages(tfds.core.GeneratorBasedBuilder):
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            image = tfds.features.Image(shape=images.shape[1:])
+            label = tfds.features.ClassLabel(num_classes=3)
+            return tfds.core.DatasetInfo(
+                builder=self,
+                features=tfds.features.FeaturesDict({"image": image, "label": label}),
+                supervised_keys=("image", "label"),
+                disable_shuffling=True,
+            )
+
+        def _split_generators(self, manager):
+            return {
+                "train": self._examples(0, 40),
+                "validation": self._examples(40, 60),
+            }
+
+        def _examples(self, first, last):
+            for row in range(first, last):
+                yield row, {"image": images[row], "label": row % 3}
+
+        _generate_examples = _examples
+
+    TinyImages(data_dir=tmp_path).download_and_prepare()
+    tiny = data.load("tiny_images", tmp_path, validation=0.25)
+
+    def normal(x):
+        return (x - x.mean((0, 1, 2))) / x.std((0, 1, 2))
+
+    np.testing.assert_allclose(normal(tiny.test[0]), normal(images[40:]), atol=1e-5)
+    np.testing.assert_array_equal(tiny.test[1], np.arange(40, 60) % 3)
+    assert (len(tiny.train[1]), len(tiny.validation[1]), tiny.classes) == (30, 10, 3)
+    resized = data.load("tiny_images", tmp_path, image_size=8)
+    assert resized.train[0].shape[1:] == (8, 8, 3)
+
+
+def test_a_data_set_that_is_not_there_is_refused_with_what_is(tmp_path):
+    pytest.importorskip("tensorflow_datasets")
+    (tmp_path / "cifar10").mkdir()
+    with pytest.raises(ValueError, match="`mnist` is not there.*has: cifar10"):
+        data.load("mnist", tmp_path)
+    with pytest.raises(ValueError, match="No data set is called `nothing`.*cifar10"):
+        data.load("nothing", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "flag", ["--sparsity=1", "--curve=0.5,1.5", "--l0=-1", "--model=vgg", "--epochs=0"]
+)
+def test_bad_flags_are_refused_before_training(run, flag):
+    with pytest.raises(flags.IllegalFlagValueError, match=flag[2:].split("=")[0]):
+        run(flag)
+
+
+def test_the_main_job_writes_what_it_says(run, tmp_path, capsys):
+    results = run("--l0=1e-3", "--curve=0.5")
+    model = keras.saving.load_model(tmp_path / "sparse.keras")
+    assert "keras_sparsity" not in json.dumps(model.get_config())
+    images, labels = data.load("digits").test
+    accuracy = np.mean(model.predict(images, verbose=0).argmax(-1) == labels)
+    assert results["sparse"]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert results["sparse"]["sparsity"] == pytest.approx(zeros(model)) != 0
+    assert f"{accuracy:.2%}" in capsys.readouterr().out
+    assert (tmp_path / "trail.png").stat().st_size > 0
+    assert len(list(tmp_path.glob("trail-*/*.keras"))) > 0
+    assert results["curve"][0]["sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("method", ["ltp", "halo", "l1", "magnitude", "dense"])
+def test_every_method_reaches_the_sparsity(run, tmp_path, method):
+    # One epoch from scratch; the price is such that LTP gets there in it.
+    short = ("--model=lenet_300_100", "--pretrain_epochs=0", "--epochs=1", "--l0=1e-3")
+    results = run(f"--method={method}", "--sparsity=0.3", *short)
+    model = keras.saving.load_model(tmp_path / "sparse.keras")
+    assert results["sparse"]["sparsity"] == pytest.approx(zeros(model))
+    assert zeros(model) >= 0.3 - 1e-4
+
+
+def test_fine_tuning_keeps_the_zeros(run, tmp_path):
+    run("--method=l1", "--model=lenet_300_100", "--epochs=1", "--finetune_epochs=1")
+    model = keras.saving.load_model(tmp_path / "sparse.keras")
+    assert zeros(model) == pytest.approx(0.9, abs=1e-4)
+
+
+def test_the_benchmark_compares_every_method_with_the_dense_step():
+    command = [sys.executable, EXAMPLES / "benchmarks" / "step_time.py", "--json"]
+    small = ["--network=lenet_300_100", "--rounds=1", "--steps=2"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    output = subprocess.run(
+        [*command, *small], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    *table, line = output.splitlines()
+    rows = json.loads(line)["results"]["lenet_300_100"]
+    assert [row.split()[0] for row in table[-4:]] == list(rows)
+    assert rows["dense"]["over dense"] == 1
+    assert rows["ltp"]["exp / weight"] >= 1 > rows["dense"]["exp / weight"]
+    assert rows["halo"]["operations"] > rows["dense"]["operations"]

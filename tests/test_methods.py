@@ -1,0 +1,236 @@
+"""Every method on every kind of layer: train, save, reload, clone, finalize."""
+
+import copy
+import functools
+import types
+
+import keras
+import numpy as np
+import pytest
+from keras import layers, ops
+
+import keras_sparsity as ks
+from keras_sparsity.selection import governed_weights, prunable
+
+RNG = np.random.default_rng(0)
+FEATURES = RNG.normal(size=(8, 4)).astype("float32")
+SEQUENCE = RNG.normal(size=(8, 5, 4)).astype("float32")
+IMAGE = RNG.normal(size=(8, 5, 5, 4)).astype("float32")
+VOLUME = RNG.normal(size=(8, 3, 3, 3, 2)).astype("float32")
+IDS = RNG.integers(0, 6, size=(8, 5)).astype("int32")
+Y = RNG.normal(size=(8, 2)).astype("float32")
+
+
+@keras.saving.register_keras_serializable("tests")
+class Bilinear(keras.Layer):
+    """A custom layer: a weight of rank 3, one without a name, and one of rank 1."""
+
+    def build(self, input_shape):
+        size = input_shape[-1]
+        self.form = self.add_weight(shape=(size, size, 2), name="form")
+        self.linear = self.add_weight(shape=(size, 2))
+        self.offset = self.add_weight(shape=(2,), initializer="zeros", name="offset")
+
+    def call(self, x):
+        squares = ops.einsum("bi,bj,ijk->bk", x, x, self.form)
+        return squares + x @ self.linear + self.offset
+
+
+@keras.saving.register_keras_serializable("tests")
+class Noisy(keras.Layer):
+    """A custom layer with a seed and statistics."""
+
+    def __init__(self, **kwargs):
+        super().__init__(**kwargs)
+        self.dense = layers.Dense(3, use_bias=False)
+        self.norm = layers.BatchNormalization(momentum=0.5)
+        self.dropout = layers.Dropout(0.3, seed=3)
+
+    def build(self, input_shape):
+        self.calls = self.add_weight(initializer="zeros", trainable=False, name="calls")
+        self.dense.build(input_shape)
+        self.norm.build((None, 3))
+
+    def call(self, x, training=False):
+        if training:
+            self.calls.assign_add(1.0)
+        x = self.norm(self.dense(x), training=training)
+        return self.dropout(x, training=training)
+
+
+KINDS = {
+    "Dense": (functools.partial(layers.Dense, 3), FEATURES),
+    "Conv1D": (functools.partial(layers.Conv1D, 3, 2), SEQUENCE),
+    "Conv2D": (functools.partial(layers.Conv2D, 3, 2), IMAGE),
+    "Conv3D": (functools.partial(layers.Conv3D, 3, 2), VOLUME),
+    "grouped": (functools.partial(layers.Conv2D, 4, 2, groups=2), IMAGE),
+    "DepthwiseConv2D": (functools.partial(layers.DepthwiseConv2D, 2), IMAGE),
+    "SeparableConv2D": (functools.partial(layers.SeparableConv2D, 3, 2), IMAGE),
+    "Conv2DTranspose": (functools.partial(layers.Conv2DTranspose, 2, 2), IMAGE),
+    "EinsumDense": (
+        functools.partial(layers.EinsumDense, "abc,cd->abd", (None, 3)),
+        SEQUENCE,
+    ),
+    "Embedding": (functools.partial(layers.Embedding, 6, 3), IDS),
+    "SimpleRNN": (functools.partial(layers.SimpleRNN, 3), SEQUENCE),
+    "LSTM": (functools.partial(layers.LSTM, 3), SEQUENCE),
+    "GRU": (functools.partial(layers.GRU, 3), SEQUENCE),
+    "Bidirectional": (
+        lambda name: layers.Bidirectional(layers.SimpleRNN(2), name=name),
+        SEQUENCE,
+    ),
+    "TimeDistributed": (
+        lambda name: layers.TimeDistributed(layers.Dense(3), name=name),
+        SEQUENCE,
+    ),
+    "MultiHeadAttention": (
+        functools.partial(layers.MultiHeadAttention, 2, 2),
+        SEQUENCE,
+    ),
+    "custom": (Bilinear, FEATURES),
+    "custom with state": (Noisy, FEATURES),
+}
+LTP = functools.partial(ks.LTP, l0=1e-3, temperature=0.1)
+METHODS = {
+    "HALO": ks.HALO(xi=1e-3, psi=1e-2),
+    "LTP": functools.partial(LTP, initial_threshold=0.3),
+    "LTP absolute": functools.partial(
+        LTP, initial_threshold=0.01, threshold_units="absolute"
+    ),
+    "MagnitudePruning": functools.partial(
+        ks.MagnitudePruning, schedule=ks.ConstantSparsity(0.5, frequency=1)
+    ),
+    "KeepZeros": ks.KeepZeros,
+}
+
+
+def array(x):
+    return ops.convert_to_numpy(x)
+
+
+def arrays(variables):
+    return [array(v).copy() for v in variables]
+
+
+def assert_close(received, expected, rtol=1e-6):
+    scale = np.max(np.abs(expected))
+    np.testing.assert_allclose(received, expected, rtol=rtol, atol=rtol * scale)
+
+
+def assert_all_close(variables, expected, rtol=1e-5):
+    for variable, value in zip(variables, expected, strict=True):
+        np.testing.assert_allclose(
+            array(variable), value, rtol=rtol, atol=rtol, err_msg=variable.path
+        )
+
+
+def dense_model(kind):
+    make, x = KINDS[kind]
+    tested = make(name="tested")
+    inputs = keras.Input(x.shape[1:], dtype=x.dtype.name)
+    attends = isinstance(tested, layers.MultiHeadAttention)
+    hidden = tested(inputs, inputs) if attends else tested(inputs)
+    outputs = layers.Dense(2, name="head")(layers.Flatten()(hidden))
+    model = keras.Model(inputs, outputs)
+    for weight in prunable(tested):  # for KeepZeros: there are zeros to keep
+        keep = RNG.random(weight.shape) < 0.5
+        weight.assign(np.where(keep, array(weight), 0))
+    return model
+
+
+def fit(model, x):
+    # Eager steps, where compiling them would take most of the time of these tests.
+    model.run_eagerly = keras.backend.backend() == "tensorflow"
+    return model.fit(x, Y, batch_size=4, shuffle=False, verbose=0)
+
+
+@pytest.fixture(
+    scope="module",
+    params=[(method, kind) for method in METHODS for kind in KINDS],
+    ids=lambda pair: "-".join(pair),
+)
+def trained(request, tmp_path_factory):
+    """A model after two epochs of training, and its file and state after one."""
+    keras.utils.set_random_seed(1)
+    method, kind = request.param
+    x = KINDS[kind][1]
+    dense = dense_model(kind)
+    model = ks.sparsify(dense, METHODS[method], filters="tested")
+    model.compile(ks.SparsityOptimizer("adam", "adam", multiplier=10), "mse")
+    fit(model, x)
+    path = tmp_path_factory.mktemp("trained") / "model.keras"
+    model.save(path)
+    variables, outputs = arrays(model.variables), array(model(x))
+    fit(model, x)
+    return types.SimpleNamespace(
+        dense=dense, model=model, x=x, path=path, variables=variables, outputs=outputs
+    )
+
+
+def test_every_kernel_is_governed(trained):
+    governed = [g.variable.name for g in governed_weights(trained.model)]
+    tested = trained.dense.get_layer("tested")
+    expected = [w.name for w in prunable(tested)]
+    # Weights without a name get a new one in every copy.
+    assert len(governed) == len(expected) > 0
+    assert [n for n in governed if "variable" not in n] == [
+        n for n in expected if "variable" not in n
+    ]
+
+
+def test_reloaded_model_continues_as_uninterrupted(trained):
+    loaded = keras.models.load_model(trained.path)
+    assert_close(array(loaded(trained.x)), trained.outputs)
+    for variable, value in zip(loaded.variables, trained.variables, strict=True):
+        if "seed" in variable.path:
+            variable.assign(value)  # Keras does not save these
+    fit(loaded, trained.x)
+    assert_all_close(loaded.variables, arrays(trained.model.variables))
+    slots = arrays(trained.model.optimizer.variables)
+    assert_all_close(loaded.optimizer.variables, slots)
+
+
+def test_every_weight_has_one_path(trained):
+    weights = trained.model.weights
+    assert len({w.path for w in weights}) == len(weights)
+
+
+def test_clone_has_weights_of_its_own(trained):
+    clone = keras.models.clone_model(trained.model)
+    _ = clone.losses  # scales are made here
+    shared = {id(w) for w in clone.weights} & {id(w) for w in trained.model.weights}
+    assert not shared
+    clone.set_weights(trained.model.get_weights())
+    assert_close(array(clone(trained.x)), array(trained.model(trained.x)))
+
+
+def test_deep_copy_has_weights_of_its_own(trained):
+    copied = copy.deepcopy(trained.model)
+    assert_all_close(copied.weights, arrays(trained.model.weights), rtol=0)
+    assert_close(array(copied(trained.x)), array(trained.model(trained.x)))
+    shared = {id(w) for w in copied.weights} & {id(w) for w in trained.model.weights}
+    assert not shared
+
+
+def test_finalized_model_is_plain_and_computes_the_same(trained):
+    small = ks.finalize(trained.model)
+    assert "keras_sparsity" not in small.to_json()
+    assert [v.name for v in small.layers] == [v.name for v in trained.dense.layers]
+    assert [w.shape for w in small.weights] == [w.shape for w in trained.dense.weights]
+    assert_close(array(small(trained.x)), array(trained.model(trained.x)))
+
+
+def test_zeros_are_kept_in_fine_tuning(trained):
+    small = ks.finalize(trained.model)
+    tuned = ks.finalize(trained.model, keep_zeros=True)
+    assert_close(array(tuned(trained.x)), array(small(trained.x)))
+    tuned.compile(keras.optimizers.AdamW(0.05, weight_decay=0.5), "mse")
+    fit(tuned, trained.x)
+    plain = ks.finalize(tuned)
+    assert "keras_sparsity" not in plain.to_json()
+    assert_close(array(plain(trained.x)), array(tuned(trained.x)))
+    before = arrays(prunable(small.get_layer("tested")))
+    after = arrays(prunable(plain.get_layer("tested")))
+    for old, new in zip(before, after, strict=True):
+        assert np.all(new[old == 0] == 0)
+        assert np.any(new != old)
