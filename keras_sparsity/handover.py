@@ -1,4 +1,4 @@
-"""A tensor that a layer's call has computed, handed to its losses."""
+"""Numbers that a layer's call has computed, handed to its losses."""
 
 import threading
 
@@ -7,35 +7,34 @@ from keras import ops
 
 
 class Handover:
-    """Keeps tensors from a layer's call until the same pass asks for its losses.
+    """Keeps what a layer's call has computed until the same pass asks for its losses.
 
     XLA merges two computations of the same thing; backends that run operation by
-    operation do it twice. A tensor is taken once, and only where it is still what
-    would be computed anew: in the same TensorFlow graph, or in torch with the variable
+    operation do it twice. What was put is taken once, and only where it is still what
+    would be computed anew: in the same TensorFlow graph, or in torch with the variables
     unchanged. Elsewhere `take` returns `None`.
     """
 
     def __init__(self):
         self._kept = {}
 
-    def put(self, variable, tensor):
-        """Keeps `tensor`, which was computed from `variable`."""
-        # Replicas of `tf.distribute` call the same layer from threads of their own.
-        self._kept[threading.get_ident(), id(variable)] = (_moment(variable), tensor)
+    def put(self, key, variables, numbers):
+        """Keeps `numbers`, which were computed from `variables`, under `key`."""
+        moment = _moment(variables)
+        if moment is not None:
+            self._kept[key] = (moment, numbers)
 
-    def take(self, variable):
-        """What was put for `variable` in this pass, or `None`."""
-        moment, tensor = self._kept.pop(
-            (threading.get_ident(), id(variable)), (None, None)
-        )
-        if moment is None or moment != _moment(variable):
-            return None
-        # A torch pass without gradients leaves nothing to differentiate.
-        return tensor if getattr(tensor, "requires_grad", True) else None
+    def take(self, key, variables):
+        """What was put under `key` in this pass, or `None`."""
+        moment, numbers = self._kept.pop(key, (None, None))
+        return numbers if moment is not None and moment == _moment(variables) else None
 
 
-def _moment(variable):
-    value = ops.cast(variable, "float32")
-    if keras.backend.backend() == "torch":
-        return value._version  # torch counts the changes of a tensor in place
-    return getattr(value, "graph", None)  # of TensorFlow; not when it runs eagerly
+def _moment(variables):
+    match keras.backend.backend():
+        case "torch":  # which counts the changes of a tensor in place
+            return [ops.convert_to_tensor(variable)._version for variable in variables]
+        case "tensorflow":  # where replicas share a graph, and a thread each is theirs
+            graph = getattr(ops.cast(variables[-1], "float32"), "graph", None)
+            return None if graph is None else [id(graph), threading.get_ident()]
+    return None  # JAX compiles, and merges

@@ -38,6 +38,13 @@ class Rebuilt:
     """
 
     def __init__(self, model, convert):
+        for layer in walk(model):
+            if getattr(layer, "lora_enabled", False):
+                raise ValueError(
+                    "A model with LoRA adapters cannot be rebuilt: what they add to a "
+                    f"kernel would be lost. Received one in layer '{layer.name}'. "
+                    "Save the weights and load them into the model without adapters."
+                )
         self._convert = convert
         self.errors: dict[int, tuple] = {}
         # Custom layers need not be registered: their classes are at hand.
@@ -49,10 +56,12 @@ class Rebuilt:
         # Keras draws the seeds of new layers from Python's generator, which the
         # caller's own code may be in the middle of using, as to shuffle its data.
         state = random.getstate()
-        with keras.saving.custom_object_scope(classes):
-            while not self._built(model):
-                pass
-        random.setstate(state)
+        try:
+            with keras.saving.custom_object_scope(classes):
+                while not self._built(model):
+                    pass
+        finally:
+            random.setstate(state)
         self.layers = [(old, self._news[id(old)]) for old, _ in self._olds.values()]
 
     def _built(self, model):
@@ -77,8 +86,6 @@ class Rebuilt:
                     call_function=self._call,
                 )
         new.dtype_policy = model.dtype_policy
-        if not model.trainable:
-            new.trainable = False
         return new
 
     def _rebuild_sequential(self, model):

@@ -70,13 +70,6 @@ def check_model(model, function: str) -> None:
             f"Argument `model` of `{function}` must be built. Received a model "
             "without weights yet: give it a `keras.Input`, or call it on data first."
         )
-    for layer in walk(model):
-        if getattr(layer, "lora_enabled", False):
-            raise ValueError(
-                f"Argument `model` of `{function}` must have no LoRA adapters: what "
-                "they add to a kernel would be lost. Received one in layer "
-                f"'{layer.name}'. Saving and loading the model merges it."
-            )
 
 
 def is_rewritable(layer) -> bool:
@@ -195,22 +188,26 @@ def name_within(layer, variable) -> str:
     return variable.name
 
 
-def choose(layer, variables: str | Callable[[Any], bool] | None = None) -> list:
+def choose(
+    layer, variables: str | Callable[[Any], bool] | Sequence[int] | None = None
+) -> list:
     """The weights of `layer` to govern.
 
     Args:
         layer: A built layer.
         variables: `None` for every prunable weight; a regular expression that is
-            searched in the name of each and in its path within the layer; or a
-            predicate on the variable.
+            searched in the name of each and in its path within the layer; a
+            predicate on the variable; or a list of positions among the kernels.
 
     Raises:
         ValueError: If nothing is left to govern.
     """
     candidates = kernels(layer)
-    if callable(variables):
+    if isinstance(variables, (list, tuple)):
+        chosen = [candidates[position] for position in variables]
+    elif callable(variables):
         chosen = [w for w in candidates if variables(w)]
-    elif variables is not None:
+    elif isinstance(variables, str):
         chosen = [
             w
             for w in candidates

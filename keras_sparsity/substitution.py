@@ -87,8 +87,7 @@ class TransparentWrapper(keras.layers.Wrapper):
         return super().__call__(*args, **kwargs)
 
     def call(self, *args, training=None, **kwargs):
-        # The layer takes `training` from the call context, if it has it at all.
-        return self.layer(*args, **kwargs)
+        return self.layer(*args, **_with_training(training, kwargs))
 
     def compute_mask(self, inputs, previous_mask):
         return self.layer.compute_mask(inputs, previous_mask)
@@ -122,10 +121,15 @@ class SubstitutingWrapper(TransparentWrapper):
     def __init__(self, layer, variables=None, **kwargs):
         super().__init__(layer, **kwargs)
         if not (variables is None or isinstance(variables, str) or callable(variables)):
-            raise TypeError(
-                "Argument `variables` must be None, a regex, or a callable of a "
-                f"variable. Received: variables={variables!r}"
+            # Positions are for `finalize`, which knows no name that a reload keeps.
+            are_positions = isinstance(variables, (list, tuple)) and all(
+                isinstance(position, int) for position in variables
             )
+            if not are_positions:
+                raise TypeError(
+                    "Argument `variables` must be None, a regex, or a callable of a "
+                    f"variable. Received: variables={variables!r}"
+                )
         self.variables_to_gate = variables
 
     def build(self, input_shape=None):
@@ -155,6 +159,7 @@ class SubstitutingWrapper(TransparentWrapper):
 
     def call(self, *args, training=None, **kwargs):
         weights = zip(self.gated, self.effective_weights(training), strict=True)
+        kwargs = _with_training(training, kwargs)
         outputs, losses = call_with(self.layer, weights, *args, **kwargs)
         if losses:
             self.add_loss(sum(losses))
@@ -171,6 +176,11 @@ class SubstitutingWrapper(TransparentWrapper):
                 config["variables"], custom_objects=custom_objects
             )
         return super().from_config(config, custom_objects=custom_objects)
+
+
+def _with_training(training, kwargs):
+    """`kwargs` for any layer: Keras drops `training` where a layer does not have it."""
+    return kwargs if training is None else {**kwargs, "training": training}
 
 
 def _symbolic(structure):

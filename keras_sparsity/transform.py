@@ -2,7 +2,6 @@
 
 import functools
 import math
-import re
 
 import keras
 import numpy as np
@@ -18,6 +17,7 @@ from keras_sparsity.selection import (
     effective_values,
     governed_weights,
     governors,
+    kernels,
     leaves,
     matches,
     no_match,
@@ -93,6 +93,8 @@ def sparsify(model, method, filters=None):
     _ = rebuilt.model.losses
     for old, new in rebuilt.layers:
         copy_state(old, new)
+        if id(old) in candidates and isinstance(new, KeepZeros):
+            new.keep_zeros()
     return rebuilt.model
 
 
@@ -327,9 +329,9 @@ def _plain(model, values, keep_zeros=False):
         )
         if not (keep_zeros and governed_weights(layer)):
             return plain
-        # By the weights' own names: those of layers in layers may be new in each copy.
-        names = {re.escape(g.variable.name) for g in governed_weights(layer)}
-        return KeepZeros(plain, variables=f"^({'|'.join(sorted(names))})$")
+        governed = {id(g.variable) for g in governed_weights(layer)}
+        found = [i for i, w in enumerate(kernels(layer)) if id(w) in governed]
+        return KeepZeros(plain, variables=found)
 
     rebuilt = Rebuilt(model, convert)
     for _, error in rebuilt.errors.values():

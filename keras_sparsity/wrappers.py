@@ -137,37 +137,50 @@ class LTP(SubstitutingWrapper):
         ]
 
     def _price(self, index, threshold):
-        count = self._counts.take(self.thresholds[index])
-        if count is None:
-            count = ops.sum(self._soft_gate(self.gated[index], threshold))
-        return self.l0 * count
+        variable = self.gated[index]
+        handed = self._counts.take(index, (variable, self.thresholds[index]))
+        count, slope = handed or self._count(*self._soft_gate(variable, threshold))
+        # The count's value, with its exact derivative: nothing else of the gate is
+        # kept from the call, no graph and no tensor of the kernel's size.
+        threshold = ops.convert_to_tensor(threshold)
+        return self.l0 * (count + slope * (threshold - ops.stop_gradient(threshold)))
 
     def _measure(self, variable, threshold):
-        """Squares of the weights, what they are compared with, and `Var(|w|)`."""
+        """Squares of the weights, `tau`, the unit of the threshold and `Var(|w|)`."""
         w = ops.stop_gradient(ops.cast(variable, "float32"))
         squares = w * w
         variance = magnitude_variance(squares, w)
-        tau = threshold * (variance if self.threshold_units == "variance" else 1.0)
+        unit = variance if self.threshold_units == "variance" else 1.0
+        tau = threshold * unit
         # Held below the largest square, but in value only: the gradient, which would
         # be cut off by a minimum, can bring a threshold back.
-        excess = ops.relu(tau - _HIGHEST * ops.max(squares))
-        return squares, tau - ops.stop_gradient(excess), variance
+        held = ops.stop_gradient(ops.minimum(tau, _HIGHEST * ops.max(squares)))
+        return squares, held + (tau - ops.stop_gradient(tau)), unit, variance
 
     def _soft_gate(self, variable, threshold):
-        squares, tau, variance = self._measure(variable, threshold)
+        """The gate, and how steeply its argument falls with the threshold."""
+        squares, tau, unit, variance = self._measure(variable, threshold)
         sharpness = 1 / (self.temperature * variance)
         # A sum, with the signs on the scalars: TensorFlow negates what it subtracts.
-        return ops.sigmoid(squares * sharpness + -tau * sharpness)
+        return ops.sigmoid(squares * sharpness + -tau * sharpness), unit * sharpness
+
+    def _count(self, gate, steepness):
+        """`sum(m)` and its derivative with respect to the threshold, as constants."""
+        gate = ops.stop_gradient(gate)
+        count = ops.sum(gate)
+        return count, steepness * (ops.sum(gate * gate) - count)
 
     def effective_weights(self, training):
         weights = []
-        for variable, threshold in zip(self.gated, self.thresholds, strict=True):
+        pairs = zip(self.gated, self.thresholds, strict=True)
+        for index, (variable, threshold) in enumerate(pairs):
             if training:
-                gate = self._soft_gate(variable, threshold)
-                self._counts.put(threshold, ops.sum(gate))
+                gate, steepness = self._soft_gate(variable, threshold)
+                count = self._count(gate, steepness)
+                self._counts.put(index, (variable, threshold), count)
                 weights.append(ops.cast(variable, "float32") * gate)
             else:
-                squares, tau, _ = self._measure(variable, threshold)
+                squares, tau, *_ = self._measure(variable, threshold)
                 weights.append(ops.where(squares > tau, full_precision(variable), 0.0))
         return weights
 
