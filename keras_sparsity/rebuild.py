@@ -38,13 +38,6 @@ class Rebuilt:
     """
 
     def __init__(self, model, convert):
-        for layer in walk(model):
-            if getattr(layer, "lora_enabled", False):
-                raise ValueError(
-                    "A model with LoRA adapters cannot be rebuilt: what they add to a "
-                    f"kernel would be lost. Received one in layer '{layer.name}'. "
-                    "Save the weights and load them into the model without adapters."
-                )
         self._convert = convert
         self.errors: dict[int, tuple] = {}
         # Custom layers need not be registered: their classes are at hand.
@@ -86,6 +79,11 @@ class Rebuilt:
                     call_function=self._call,
                 )
         new.dtype_policy = model.dtype_policy
+        if not model.trainable:
+            flags = [(layer, layer.trainable) for layer in walk(new)[1:]]
+            new.trainable = False  # and all in it, but some may have been unfrozen
+            for layer, flag in flags:
+                layer.trainable = flag
         return new
 
     def _rebuild_sequential(self, model):

@@ -5,7 +5,7 @@ import math
 
 import keras
 import numpy as np
-from keras import ops
+from keras import ops, tree
 
 from keras_sparsity.checks import check_sparsity
 from keras_sparsity.masks import KeepZeros
@@ -23,6 +23,7 @@ from keras_sparsity.selection import (
     no_match,
     plain_weights,
     prunable,
+    walk,
 )
 from keras_sparsity.wrappers import Penalized
 
@@ -60,7 +61,7 @@ def sparsify(model, method, filters=None):
     model = ks.sparsify(model, functools.partial(ks.LTP, l0=1e-6), filters="conv")
     ```
     """
-    check_model(model, "sparsify")
+    _check(model, "sparsify")
     check_filters(filters)
     if isinstance(method, keras.regularizers.Regularizer):
         wrap = functools.partial(_penalize, regularizer=method)
@@ -167,7 +168,7 @@ def finalize(model, keep_zeros=False):
     small.save("small.keras")
     ```
     """
-    check_model(model, "finalize")
+    _check(model, "finalize")
     values = {
         id(governed.variable): effective_values(governed)
         for governed in governed_weights(model)
@@ -213,7 +214,7 @@ def prune(model, sparsity, scope="global", filters=None):
 
     - [Seto et al., HALO](https://arxiv.org/abs/2008.10183): the last step.
     """
-    check_model(model, "prune")
+    _check(model, "prune")
     sparsity = check_sparsity("sparsity", sparsity)
     if scope not in ("global", "layer"):
         raise ValueError(
@@ -244,7 +245,7 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
         print(point["sparsity"], point["accuracy"])
     ```
     """
-    check_model(model, "pruning_curve")
+    _check(model, "pruning_curve")
     if not model.compiled:
         raise ValueError(
             "Argument `model` of `pruning_curve` must be compiled with the metrics to "
@@ -260,8 +261,13 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
     small = _plain(model, {})
     # The public way goes through a file's form, and so fails for a loss or a metric
     # that is a function nobody registered.
-    compiled_with = {**model._compile_config.config, "optimizer": None}
-    small.compile(**compiled_with)
+    small.compile(
+        **tree.map_structure(
+            # Metrics have state, which is the model's own.
+            lambda value: clone(value) if isinstance(value, keras.Metric) else value,
+            {**model._compile_config.config, "optimizer": None},
+        )
+    )
     variables = dict(zip(map(id, plain_weights(model)), small.weights, strict=True))
     curve = []
     for sparsity, weights in zip(sparsities, values, strict=True):
@@ -270,6 +276,18 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
         metrics = small.evaluate(x, y, verbose=0, return_dict=True)
         curve.append({"sparsity": sparsity, **metrics})
     return curve
+
+
+def _check(model, function):
+    check_model(model, function)
+    for layer in walk(model):
+        if getattr(layer, "lora_enabled", False):
+            raise ValueError(
+                f"Argument `model` of `{function}` must have no LoRA adapters: what "
+                "they add to a kernel would be lost. Received one in layer "
+                f"'{layer.name}'. Save the weights, and load them into the model built "
+                "without adapters."
+            )
 
 
 def pruned_values(model, sparsity, scope="global", filters=None):
