@@ -181,9 +181,8 @@ def main(argv):
     record(output / "results.jsonl", results, time.monotonic() - began)
     print(f"\n{ks.report(sparse)}\n")
     print_table(results)
-    print(
-        f"\nWritten to {output}/: sparse.keras (plain Keras), {trail.directory.name}/"
-    )
+    written = f"sparse.keras (plain Keras), {trail.directory.name}/, trail.png"
+    print(f"\nWritten to {output}/: {written}, results.jsonl")
 
 
 def fill_defaults():
@@ -317,6 +316,8 @@ def print_table(results):
             f"{label:10}{row['accuracy']:15.2%}{row['sparsity']:15.2%}"
             f"{row['macs']:15,}{row['bytes']:15,}{row['compressed_bytes']:15,}"
         )
+    for point in results.get("curve", []):
+        print(f"pruned to {point['sparsity']:.2%}: accuracy {point['accuracy']:.2%}")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,11 @@ FLOORS = [
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
 # Modules that may import one of their own floor.
-NEIGHBORS = {("schedules", "checks"), ("substitution", "selection")}
+NEIGHBORS = {
+    ("macs", "selection"),
+    ("schedules", "checks"),
+    ("substitution", "selection"),
+}
 
 # What is imported only inside the function that uses it.
 WHERE_USED = {"h5py", "matplotlib", "pandas"}
@@ -37,6 +41,7 @@ PRIVATE = {
     ("bounds", "_use_weight_decay"): "which variables an optimizer decays",
     ("handover", "_version"): "torch: whether a tensor was changed in place",
     ("macs", "_layers"): "the layers in a layer that is no model",
+    ("macs", "_nodes_by_depth"): "which layers are called more than once",
     ("optimizers", "_iterations"): "one count of steps for two optimizers",
     ("optimizers", "_model_variables_moving_average"): "the averages of two optimizers",
     ("selection", "_layers"): "the layers in a layer that is no model",
