@@ -15,7 +15,13 @@ import keras
 from keras import ops
 
 from keras_sparsity.record import FORMAT, pareto_front, read_lines, read_points
-from keras_sparsity.selection import Governed, governed_weights, name_within, prunable
+from keras_sparsity.selection import (
+    Governed,
+    full_precision,
+    governed_weights,
+    name_within,
+    prunable,
+)
 from keras_sparsity.transform import finalize
 
 # The resolution of float16: a sum in it that holds the largest weight of a tensor would
@@ -202,7 +208,7 @@ def _direction(monitor):
 def _counted_weights(model):
     """The weights that sparsity is counted over, by name."""
     weights = governed_weights(model) or [
-        Governed(v, "none", ops.cast(v, "float32")) for v in prunable(model)
+        Governed(v, "none", full_precision(v)) for v in prunable(model)
     ]
     named: dict[str, Governed] = {}
     for weight in weights:

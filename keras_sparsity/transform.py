@@ -5,7 +5,7 @@ import math
 
 import keras
 import numpy as np
-from keras import ops, tree
+from keras import tree
 
 from keras_sparsity.checks import check_sparsity
 from keras_sparsity.masks import KeepZeros
@@ -15,6 +15,7 @@ from keras_sparsity.selection import (
     check_filters,
     check_model,
     effective_values,
+    full_precision,
     governed_weights,
     governors,
     kernels,
@@ -302,7 +303,7 @@ def pruned_values(model, sparsity, scope="global", filters=None):
         if governed:
             pool = [governed[id(w)] for w in layer.weights if id(w) in governed]
         else:
-            pool = [Governed(w, "", ops.cast(w, "float32")) for w in prunable(layer)]
+            pool = [Governed(w, "", full_precision(w)) for w in prunable(layer)]
         pools.append([g for g in pool if id(g.variable) not in seen])
         seen.update(id(g.variable) for g in pools[-1])
     if not seen:
