@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 import shlex
 import sys
 import time
@@ -125,8 +126,8 @@ flags.register_validator(
 )
 flags.register_validator(
     "curve",
-    lambda values: all(0 <= float(value) < 1 for value in values),
-    "must be numbers in [0, 1)",
+    lambda values: all(re.fullmatch(r"0?\.\d+|0", value) for value in values),
+    "must be numbers in [0, 1), such as 0.9",
 )
 flags.register_validator(
     "validation_split", lambda value: 0 < value < 1, "must be in (0, 1)"

@@ -45,4 +45,4 @@ def _current_optimizer():
     # Nothing public leads from a variable to its optimizer. An optimizer applies
     # constraints in a name scope of its own, which knows who opened it.
     scopes = global_state.get_global_attribute("name_scope_stack", default=[])
-    return scopes[-1].caller if scopes else None
+    return getattr(scopes[-1], "caller", None) if scopes else None

@@ -130,10 +130,10 @@ class MagnitudePruning(_Masked):
 
     def __init__(self, layer, schedule, variables=None, **kwargs):
         super().__init__(layer, variables=variables, **kwargs)
-        if not callable(schedule):
+        if not (callable(schedule) and hasattr(schedule, "is_due")):
             raise TypeError(
-                "Argument `schedule` must be a callable of the step, such as "
-                f"`CubicSparsity`. Received: schedule={schedule!r}"
+                "Argument `schedule` must be a callable of the step with a method "
+                f"`is_due`, as `CubicSparsity` is. Received: schedule={schedule!r}"
             )
         self.schedule = schedule
 

@@ -1,6 +1,7 @@
 """A model built anew, with other layers in place of its own."""
 
 import contextlib
+import inspect
 import random
 import tempfile
 
@@ -16,8 +17,11 @@ from keras_sparsity.selection import (
 
 
 def clone(obj):
-    """A new layer or regularizer of the same config."""
-    return type(obj).from_config(obj.get_config())
+    """A new layer, operation or regularizer of the same config."""
+    from_config = type(obj).from_config
+    # A Python lambda that is in memory is no code from somewhere else.
+    trusts = "safe_mode" in inspect.signature(from_config).parameters
+    return from_config(obj.get_config(), **({"safe_mode": False} if trusts else {}))
 
 
 class Rebuilt:

@@ -9,6 +9,8 @@ import warnings
 
 import keras
 
+from keras_sparsity.checks import check_number
+
 FORMAT = 1
 
 # Metrics are computed in float32: 0.88 may come back as 0.87999999.
@@ -44,8 +46,12 @@ class Point:
     weights: dict[str, dict[str, float | None]]
     path: pathlib.Path
 
-    def load(self) -> keras.Model:
+    def load(self, custom_objects: dict | None = None) -> keras.Model:
         """The finalized model of this epoch, a plain Keras model.
+
+        Args:
+            custom_objects: Dict of the names of classes and functions that are not
+                registered with Keras, to them.
 
         Raises:
             FileNotFoundError: If the checkpoint was not kept.
@@ -55,7 +61,7 @@ class Point:
                 f"The checkpoint of epoch {self.epoch} was not kept: there is no file "
                 f"'{self.path}'. `SparsityTrail` has an argument `keep`."
             )
-        return keras.saving.load_model(self.path)
+        return keras.saving.load_model(self.path, custom_objects)
 
 
 class Trail:
@@ -113,8 +119,14 @@ class Trail:
                 an absolute difference.
 
         Raises:
-            ValueError: If no point meets the conditions.
+            ValueError: If an argument is no number, or no point meets the conditions.
         """
+        check_number("min_sparsity", min_sparsity)
+        check_number("max_sparsity", max_sparsity)
+        if min_metric is not None:
+            check_number("min_metric", min_metric)
+        if max_drop is not None:
+            check_number("max_drop", max_drop, at_least=0)
         sign = _SIGN[self.mode]
         points = [p for p in self.points if math.isfinite(p.metric)]
         loadable = [p for p in points if p.path.exists()] or points
@@ -169,6 +181,8 @@ class Trail:
             from matplotlib.figure import Figure
             from matplotlib.ticker import MaxNLocator, PercentFormatter
 
+        if not self.points:
+            raise ValueError("A trail without points cannot be drawn.")
         zeros = "sparsity" if any(p.sparsity for p in self.points) else "near_zero"
         names = list(self.points[-1].weights)
         height = max(1.2, 0.2 * len(names))

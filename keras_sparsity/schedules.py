@@ -94,7 +94,8 @@ class CubicSparsity(ConstantSparsity):
         frequency=100,
     ):
         super().__init__(final_sparsity, begin_step, frequency)
-        self.end_step = check_integer("end_step", end_step, at_least=begin_step + 1)
+        first = self.begin_step + 1
+        self.end_step = check_integer("end_step", end_step, at_least=first)
         self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
 
     def __call__(self, step):

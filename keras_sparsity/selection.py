@@ -227,12 +227,27 @@ def choose(
     return chosen
 
 
+def check_regex(name: str, pattern: str) -> None:
+    """Raises a `ValueError` unless `pattern` is a regular expression."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(
+            f"Argument `{name}` must be a valid regex ({error}). "
+            f"Received: {name}={pattern!r}"
+        ) from error
+
+
 def check_filters(filters: Filters) -> None:
-    """Raises a `TypeError` unless `filters` is something that can be matched."""
-    if isinstance(filters, Sequence) and not isinstance(filters, str):
-        valid = all(isinstance(pattern, str) for pattern in filters)
+    """Raises unless `filters` is something that can be matched."""
+    patterns = [filters] if isinstance(filters, str) else filters
+    if isinstance(patterns, Sequence):
+        valid = all(isinstance(pattern, str) for pattern in patterns)
     else:
-        valid = filters is None or isinstance(filters, str) or callable(filters)
+        valid = filters is None or callable(filters)
+    if valid and isinstance(patterns, Sequence):
+        for pattern in patterns:
+            check_regex("filters", pattern)
     if not valid:
         raise TypeError(
             "Argument `filters` must be None, a regex, a list of regexes, or a "

@@ -6,7 +6,13 @@ import inspect
 import keras
 from keras import tree
 
-from keras_sparsity.selection import check_ungoverned, choose, name_within, walk
+from keras_sparsity.selection import (
+    check_regex,
+    check_ungoverned,
+    choose,
+    name_within,
+    walk,
+)
 
 
 def call_with(layer, substitutes, *args, **kwargs):
@@ -26,7 +32,8 @@ def call_with(layer, substitutes, *args, **kwargs):
     # What the layer updates (batch statistics, seeds, metrics) is handed back.
     state = {id(v): v for v in [*layer.variables, *layer.metrics_variables]}
     mapping = {key: (v, v.value) for key, v in state.items()}
-    mapping.update({id(v): (v, tensor) for v, tensor in substitutes})
+    substituted = {id(v): (v, tensor) for v, tensor in substitutes}
+    mapping.update(substituted)
     with keras.StatelessScope(list(mapping.values()), collect_losses=True) as scope:
         given = {key: scope.get_current_value(v) for key, v in state.items()}
         outputs = layer(*args, **kwargs)
@@ -35,8 +42,15 @@ def call_with(layer, substitutes, *args, **kwargs):
     layer._clear_losses()
     for key, variable in state.items():
         value = scope.get_current_value(variable)
-        if value is not given[key]:
-            variable.assign(value)
+        if value is given[key]:
+            continue
+        if key in substituted:
+            raise ValueError(
+                f"Layer '{layer.name}' (of type {type(layer).__name__}) must not "
+                f"assign to its weight '{variable.path}' in its call: it would store "
+                "what it was given in place of the weight."
+            )
+        variable.assign(value)
     return outputs, scope.losses
 
 
@@ -130,6 +144,8 @@ class SubstitutingWrapper(TransparentWrapper):
                     "Argument `variables` must be None, a regex, or a callable of a "
                     f"variable. Received: variables={variables!r}"
                 )
+        if isinstance(variables, str):
+            check_regex("variables", variables)
         self.variables_to_gate = variables
 
     def build(self, input_shape=None):

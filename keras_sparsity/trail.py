@@ -93,6 +93,11 @@ class SparsityTrail(keras.callbacks.Callback):
                     f"Argument `{name}` must be one of {choices}. "
                     f"Received: {name}={value!r}"
                 )
+        if not isinstance(monitor, str):
+            raise ValueError(
+                "Argument `monitor` must be the name of a metric. "
+                f"Received: monitor={monitor!r}"
+            )
         if resume:
             raise ValueError(
                 "Argument `resume` must be False: exact resuming is not available in "

@@ -50,7 +50,7 @@ PRIVATE = {
     ("transform", "_compile_config"): "losses and metrics that are not registered",
 }
 PRIVATE_MODULES = {
-    ("bounds", "keras.src.backend.common"): "whether a graph is being traced",
+    ("bounds", "keras.src.backend.common"): "which optimizer applies a constraint",
 }
 
 CONTRACT = {
