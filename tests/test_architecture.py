@@ -29,6 +29,7 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 # Modules that may import one of their own floor.
 NEIGHBORS = {
     ("macs", "selection"),
+    ("record", "checks"),
     ("schedules", "checks"),
     ("substitution", "selection"),
 }
