@@ -15,6 +15,14 @@ def _fixed_seed():
     keras.utils.set_random_seed(1)
 
 
+@pytest.fixture
+def precision(request):
+    """The dtype policy that a test is parametrized with, in force."""
+    keras.config.set_dtype_policy(request.param)
+    yield request.param
+    keras.config.set_dtype_policy("float32")
+
+
 def _tensorflow_gradients(function, variables):
     import tensorflow as tf
 

@@ -37,7 +37,7 @@ def halo_formula(w, scale, decay=0.0):
     magnitude = np.maximum(np.abs(scale), FLOOR)
     value = (
         XI * np.sum(np.abs(w) / magnitude**2)
-        + PSI * np.sum(np.abs(scale))
+        + PSI * np.sum(magnitude)
         + decay / 2 * np.sum(scale**2)
     )
     pull = PSI - 2 * XI * np.abs(w) / magnitude**3
@@ -166,6 +166,15 @@ def test_optimizer_step_leaves_sws_scale_above_its_floor():
     sws(kernel_variable(np.ones((2, 3))))
     keras.optimizers.SGD(1.0).apply([ops.full((), 1e9)], [sws.scale])
     np.testing.assert_allclose(array(sws.scale), 1e-3)
+
+
+@pytest.mark.parametrize("scale", [1e-12, -1e-12])
+def test_halo_of_zeros_below_the_floor_is_that_at_the_floor(gradients, scale):
+    halo, kernel = halo_on(np.zeros((2, 3)), np.full((2, 3), scale))
+    np.testing.assert_allclose(array(halo(kernel)), 6 * PSI * FLOOR, rtol=1e-6)
+    d_w, d_scale = gradients(lambda: halo(kernel), [kernel, halo.scale])
+    np.testing.assert_array_equal(d_w, 0)
+    np.testing.assert_allclose(d_scale, np.sign(scale) * PSI, rtol=1e-6)
 
 
 def test_revived_weights_do_not_throw_scales_out_of_range():

@@ -262,8 +262,10 @@ def test_masks_pass_through(wrap):
     ids = np.array([[1, 2, 0, 0], [4, 3, 4, 5]])
     embedding, lstm = layers.Embedding(6, 4, mask_zero=True), layers.LSTM(3)
     inputs = keras.Input((4,), dtype="int32")
-    hidden = layers.Dropout(0.0)(wrap(embedding)(inputs))
+    wrapped = wrap(embedding)
+    hidden = layers.Dropout(0.0)(wrapped(inputs))
     outputs = keras.Model(inputs, wrap(lstm)(hidden))(ids)
+    np.testing.assert_array_equal(array(wrapped.compute_mask(ids, None)), ids != 0)
     if wrap is Scaled:
         scaled_by_hand(embedding), scaled_by_hand(lstm)
     for row, length in enumerate([2, 4]):
