@@ -71,10 +71,11 @@ def test_halo_value_and_gradients(gradients, scale_decay):
     value, d_w, d_scale = halo_formula(w, scale, scale_decay)
 
     np.testing.assert_allclose(array(halo(kernel)), value, rtol=1e-6)
-    received = gradients(lambda: halo(kernel), [kernel, halo.scale])
-    np.testing.assert_allclose(received[0], d_w, rtol=1e-6)
+    # A loss scale must pass through the gradients that HALO writes out.
+    received = gradients(lambda: 1024 * halo(kernel), [kernel, halo.scale])
+    np.testing.assert_allclose(received[0] / 1024, d_w, rtol=1e-6)
     # Where the two terms cancel, they are exact in units of their sum.
-    np.testing.assert_allclose(received[1], d_scale, rtol=1e-5, atol=1e-6 * PSI)
+    np.testing.assert_allclose(received[1] / 1024, d_scale, rtol=1e-5, atol=1e-6 * PSI)
 
 
 @pytest.mark.parametrize("scale_decay", [0.0, 1e-2])
