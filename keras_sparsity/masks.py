@@ -180,7 +180,23 @@ class MagnitudePruning(_Masked):
 
 def _largest(magnitude, sparsity):
     """Mask without the `floor(sparsity * size)` smallest entries, ties by position."""
+    # Bits of floats >= 0 have the order of the floats, so 31 halvings of their range
+    # find the entry at the cut exactly. A sort takes ten times as long, and more.
+    bits = ops.view(ops.reshape(magnitude, (-1,)), "int32")
     size = math.prod(magnitude.shape)
-    ranks = ops.argsort(ops.argsort(ops.reshape(magnitude, (-1,))))
-    zeros = ops.cast(ops.floor(sparsity * size), ranks.dtype)
-    return ops.reshape(ranks >= zeros, magnitude.shape)
+    zeros = ops.cast(ops.floor(sparsity * size), "int32")
+
+    def at_most(limit):
+        return ops.sum(ops.cast(bits <= limit, "int32"))
+
+    def halve(_, bounds):
+        low, high = bounds
+        middle = low + (high - low) // 2
+        enough = at_most(middle) >= zeros
+        return ops.where(enough, low, middle + 1), ops.where(enough, middle, high)
+
+    low, _ = ops.fori_loop(0, 31, halve, (ops.min(bits), ops.max(bits)))
+    ties = ops.cast(bits == low, "int32")
+    pruned_ties = zeros - ops.sum(ops.cast(bits < low, "int32"))
+    mask = (bits > low) | ((bits == low) & (ops.cumsum(ties) > pruned_ties))
+    return ops.reshape(mask, magnitude.shape)

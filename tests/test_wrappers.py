@@ -522,11 +522,31 @@ def test_magnitude_pruning_removes_the_smallest():
     np.testing.assert_array_equal(array(wrapped(EYE)), W * kept)
 
 
-def test_magnitude_pruning_breaks_ties_by_position():
-    dense = layers.Dense(6, kernel_initializer="ones")
-    wrapped = MagnitudePruning(dense, ConstantSparsity(0.5))
-    wrapped(X, training=True)
-    np.testing.assert_array_equal(array(wrapped.masks[0]).ravel(), np.arange(24) >= 12)
+@pytest.mark.parametrize("sparsity", [0.0, 0.1, 0.5, 0.9, 0.999])
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        RNG.normal(size=(30, 40)),
+        RNG.integers(-4, 5, size=(30, 40)),  # many ties, at the cut too
+        RNG.normal(size=(30, 40)) * 10.0 ** RNG.integers(-44, 30, size=(30, 40)),
+        np.ones((4, 6)),
+        np.zeros((4, 6)),
+    ],
+    ids=["normal", "ties", "all sizes of float32", "ones", "zeros"],
+)
+def test_magnitude_pruning_equals_a_stable_sort(kernel, sparsity):
+    kernel = np.asarray(kernel, "float32")
+    count = int(np.floor(np.float32(sparsity) * np.float32(kernel.size)))
+    expected = np.ones(kernel.size, bool)
+    expected[np.argsort(np.abs(kernel), axis=None, kind="stable")[:count]] = False
+
+    wrapped = MagnitudePruning(
+        layers.Dense(kernel.shape[1]), ConstantSparsity(sparsity)
+    )
+    wrapped.build((None, kernel.shape[0]))
+    wrapped.layer.kernel.assign(kernel)
+    wrapped(np.zeros((1, kernel.shape[0]), "float32"), training=True)
+    np.testing.assert_array_equal(array(wrapped.masks[0]).ravel(), expected)
 
 
 def test_magnitude_pruning_in_fit():
