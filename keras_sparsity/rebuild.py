@@ -8,6 +8,7 @@ import tempfile
 import keras
 from keras import ops, tree
 
+from keras_sparsity.replicas import scope_of
 from keras_sparsity.selection import (
     governors,
     is_method_variable,
@@ -54,9 +55,11 @@ class Rebuilt:
         # caller's own code may be in the middle of using, as to shuffle its data.
         state = random.getstate()
         try:
-            with keras.saving.custom_object_scope(classes):
+            with keras.saving.custom_object_scope(classes), scope_of(model):
                 while not self._built(model):
                     pass
+                # Scales are made when a penalty is computed first: now, in the scope.
+                _ = self.model.losses
         finally:
             random.setstate(state)
         self.layers = [(old, self._news[id(old)]) for old, _ in self._olds.values()]

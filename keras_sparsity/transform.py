@@ -91,8 +91,6 @@ def sparsify(model, method, filters=None):
             f"Argument `method` must be able to handle one of the layers {names}. "
             f"Received for layer '{names[0]}': {error}"
         ) from error
-    # Scales are made when a penalty is computed first; an optimizer must find them.
-    _ = rebuilt.model.losses
     for old, new in rebuilt.layers:
         copy_state(old, new)
         if id(old) in candidates and isinstance(new, KeepZeros):
