@@ -6,12 +6,13 @@ import random
 import tempfile
 
 import keras
-from keras import ops, tree
+from keras import tree
 
 from keras_sparsity.selection import (
     governors,
     is_method_variable,
     is_rewritable,
+    to_array,
     walk,
 )
 
@@ -180,7 +181,7 @@ def copy_state(old, new):
         source.save_own_variables(store)
         if store:
             # Through numpy: on JAX, variables would share a buffer that is donated.
-            target.load_own_variables({k: _array(v) for k, v in store.items()})
+            target.load_own_variables({k: to_array(v) for k, v in store.items()})
         if hasattr(source, "save_assets"):
             with tempfile.TemporaryDirectory() as directory:
                 source.save_assets(directory)
@@ -191,11 +192,7 @@ def copy_state(old, new):
         sources = filter(is_method_variable, old.weights)
         targets = filter(is_method_variable, new.weights)
         for source, target in zip(sources, targets, strict=True):
-            target.assign(_array(source))
-
-
-def _array(value):
-    return ops.convert_to_numpy(ops.convert_to_tensor(value))
+            target.assign(to_array(source))
 
 
 def _plain_layers(layer):

@@ -14,7 +14,7 @@ from keras_sparsity.selection import (
     Governed,
     check_filters,
     check_model,
-    effective_values,
+    check_weights,
     full_precision,
     governed_weights,
     governors,
@@ -24,6 +24,7 @@ from keras_sparsity.selection import (
     no_match,
     plain_weights,
     prunable,
+    to_array,
     walk,
 )
 from keras_sparsity.wrappers import Penalized
@@ -160,7 +161,7 @@ def finalize(model, keep_zeros=False):
 
     Raises:
         TypeError: If the model is subclassed.
-        ValueError: If the model is not built, or a governed weight is NaN.
+        ValueError: If the model is not built, or one of its weights is NaN.
 
     Example:
 
@@ -170,8 +171,9 @@ def finalize(model, keep_zeros=False):
     ```
     """
     _check(model, "finalize")
+    check_weights(model)
     values = {
-        id(governed.variable): effective_values(governed)
+        id(governed.variable): to_array(governed.effective)
         for governed in governed_weights(model)
     }
     return _plain(model, values, keep_zeros)
@@ -293,6 +295,7 @@ def _check(model, function):
 
 def pruned_values(model, sparsity, scope="global", filters=None):
     """`{id(variable): array}` of the selected weights of `model`, pruned."""
+    check_weights(model)
     governed = {id(g.variable): g for g in governed_weights(model)}
     selected = [layer for layer in leaves(model) if matches(layer, filters)]
     if not selected:
@@ -315,9 +318,9 @@ def pruned_values(model, sparsity, scope="global", filters=None):
     if scope == "global":
         pools = [[governed for pool in pools for governed in pool]]
     # What is governed but not selected keeps its effective values.
-    values = {key: effective_values(g) for key, g in governed.items()}
+    values = {key: to_array(g.effective) for key, g in governed.items()}
     for pool in pools:
-        arrays = {id(g.variable): effective_values(g) for g in pool}
+        arrays = {id(g.variable): to_array(g.effective) for g in pool}
         values.update(_prune_pool(arrays, sparsity))
     return values
 

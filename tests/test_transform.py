@@ -1004,6 +1004,25 @@ def test_a_weight_that_is_nan_is_an_error_that_names_it(function, method):
 
 
 @pytest.mark.parametrize("function", ["finalize", "prune"])
+def test_a_weight_that_no_method_governs_must_not_be_nan_either(function):
+    model = ks.sparsify(mlp(), LTP, filters="first")
+    bias = model.get_layer("second").bias
+    bias.assign(np.where(np.arange(bias.shape[0]) == 1, np.nan, 0.0))
+    with pytest.raises(ValueError, match="second/bias' .*Received 1 NaN"):
+        FUNCTIONS[function](model)
+
+
+@pytest.mark.parametrize("function", ["finalize", "prune"])
+def test_a_nan_under_a_mask_is_an_error(function):
+    model = ks.sparsify(ks.prune(mlp(), 0.5), ks.KeepZeros)
+    kernel = model.get_layer("second").layer.kernel
+    (stored,) = values([kernel])
+    kernel.assign(np.where(stored == 0, np.nan, stored))
+    with pytest.raises(ValueError, match="second/kernel' must be free of NaN"):
+        FUNCTIONS[function](model)
+
+
+@pytest.mark.parametrize("function", ["finalize", "prune"])
 def test_a_threshold_that_is_nan_is_an_error(function):
     model = ks.sparsify(mlp(), LTP)
     thresholds(model)[1].assign(np.nan)
