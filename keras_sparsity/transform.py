@@ -9,7 +9,7 @@ from keras import tree
 
 from keras_sparsity.checks import check_sparsity
 from keras_sparsity.masks import KeepZeros
-from keras_sparsity.rebuild import Rebuilt, clone, copy_state
+from keras_sparsity.rebuild import Rebuilt, clone
 from keras_sparsity.selection import (
     Governed,
     check_filters,
@@ -43,7 +43,8 @@ def sparsify(model, method, filters=None):
         model: A built Sequential or Functional `keras.Model`.
         method: A `keras.regularizers.Regularizer`, of which every kernel (trainable
             weight of rank 2 or more) gets a fresh copy; or a callable that takes a
-            layer and returns a layer, such as `functools.partial(LTP, l0=1e-6)`.
+            layer and returns a layer, such as `functools.partial(LTP, l0=1e-6)`: one
+            of the same weights, or a wrapper of this package.
         filters: Which layers: `None` for all, a regex that is searched in their names,
             a list of such, or a callable `layer -> bool`. Defaults to `None`.
 
@@ -92,10 +93,7 @@ def sparsify(model, method, filters=None):
             f"Argument `method` must be able to handle one of the layers {names}. "
             f"Received for layer '{names[0]}': {error}"
         ) from error
-    # Scales are made when a penalty is computed first; an optimizer must find them.
-    _ = rebuilt.model.losses
     for old, new in rebuilt.layers:
-        copy_state(old, new)
         if id(old) in candidates and isinstance(new, KeepZeros):
             new.keep_zeros()
     return rebuilt.model
@@ -104,10 +102,7 @@ def sparsify(model, method, filters=None):
 def _wrap(layer, method):
     wrapped = method(clone(layer))
     if not isinstance(wrapped, keras.Layer):
-        raise TypeError(
-            "Argument `method` must be a callable that returns a `keras.Layer`. "
-            f"Received for layer '{layer.name}': {wrapped!r}"
-        )
+        raise TypeError(f"it returned {wrapped!r}, which is no `keras.Layer`")
     return wrapped
 
 
@@ -359,7 +354,6 @@ def _plain(model, values, keep_zeros=False):
     for _, error in rebuilt.errors.values():
         raise error
     for old, new in rebuilt.layers:
-        copy_state(old, new)
         for variable, copy in zip(plain_weights(old), plain_weights(new), strict=True):
             if id(variable) in values:
                 copy.assign(values[id(variable)])

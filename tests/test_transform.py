@@ -429,6 +429,31 @@ def test_a_method_that_can_handle_nothing_is_an_error():
         ks.sparsify(model, breaking("call"))
 
 
+@pytest.mark.parametrize(
+    "method, reason",
+    [
+        (lambda layer: None, "it returned None, which is no `keras.Layer`$"),
+        (layers.SpectralNormalization, "a SpectralNormalization around it does not"),
+        (layers.TimeDistributed, "a TimeDistributed around it does not"),
+    ],
+    ids=["None", "SpectralNormalization", "TimeDistributed"],
+)
+def test_a_method_that_makes_something_else_is_an_error(method, reason):
+    model = keras.Sequential([keras.Input((5, 4)), layers.Dense(4, name="a")])
+    with pytest.raises(ValueError, match=f"^Argument `method`.*'a': {reason}"):
+        ks.sparsify(model, method)
+
+
+def test_a_layer_whose_weights_cannot_be_taken_stays_dense():
+    def method(layer):
+        wrap = layers.SpectralNormalization if layer.name == "first" else LTP
+        return wrap(layer)
+
+    sparse = ks.sparsify(mlp(), method)
+    assert kinds(sparse) == ["Dense", "LTP", "LTP"]
+    assert "SpectralNormalization" in ks.report(sparse).rows[0].reason
+
+
 def test_frozen_layers_stay_as_they_are():
     model = mlp()
     model.get_layer("first").trainable = False
