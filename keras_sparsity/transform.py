@@ -149,20 +149,28 @@ def finalize(model, keep_zeros=False):
     Args:
         model: A built Sequential or Functional `keras.Model`.
         keep_zeros: Boolean: `True` for a model to fine-tune, in which the governed
-            layers are in `KeepZeros`. A second `finalize` gives the plain model.
+            layers are in `KeepZeros`; where nothing is governed, as after `prune`,
+            the layers that have zeros in a trainable weight of rank 2 or more. A
+            second `finalize` gives the plain model. Defaults to `False`.
 
     Returns:
         An uncompiled model that shares nothing with `model`.
 
     Raises:
         TypeError: If the model is subclassed.
-        ValueError: If the model is not built, or one of its weights is NaN.
+        ValueError: If the model is not built, if one of its weights is NaN, or if
+            there are no zeros to keep.
 
     Example:
 
     ```python
     small = ks.finalize(model)
     small.save("small.keras")
+
+    tuned = ks.finalize(ks.prune(model, 0.95), keep_zeros=True)
+    tuned.compile("adamw", "mse")
+    tuned.fit(x, y)
+    small = ks.finalize(tuned)
     ```
     """
     _check(model, "finalize")
@@ -171,7 +179,17 @@ def finalize(model, keep_zeros=False):
         id(governed.variable): to_array(governed.effective)
         for governed in governed_weights(model)
     }
-    return _plain(model, values, keep_zeros)
+    kept: set[int] = set()
+    if keep_zeros:
+        zeros = {id(w) for w in prunable(model) if not to_array(w).all()}
+        kept = set(values) or zeros
+        if not kept:
+            raise ValueError(
+                "Argument `keep_zeros=True` needs zeros to keep. Received a model "
+                "that no method governs, without a zero in its trainable weights of "
+                "rank 2 or more."
+            )
+    return _plain(model, values, kept)
 
 
 def prune(model, sparsity, scope="global", filters=None):
@@ -334,21 +352,22 @@ def _prune_pool(arrays, sparsity):
     }
 
 
-def _plain(model, values, keep_zeros=False):
-    """`model` without its methods, with `{id(variable): array}` for its weights."""
+def _plain(model, values, kept=frozenset()):
+    """`model` without its methods, with `{id(variable): array}` for its weights.
+
+    The zeros of the variables whose ids are `kept` get masks.
+    """
     methods = {keras.saving.get_registered_name(type(g)) for g in governors(model)}
 
     def convert(layer):
-        if not governors(layer):
-            return clone(layer)
-        plain = keras.saving.deserialize_keras_object(
-            _strip(keras.saving.serialize_keras_object(layer), methods)
-        )
-        if not (keep_zeros and governed_weights(layer)):
-            return plain
-        governed = {id(g.variable) for g in governed_weights(layer)}
-        found = [i for i, w in enumerate(kernels(layer)) if id(w) in governed]
-        return KeepZeros(plain, variables=found)
+        if governors(layer):
+            plain = keras.saving.deserialize_keras_object(
+                _strip(keras.saving.serialize_keras_object(layer), methods)
+            )
+        else:
+            plain = clone(layer)
+        found = [i for i, w in enumerate(kernels(layer)) if id(w) in kept]
+        return KeepZeros(plain, variables=found) if found else plain
 
     rebuilt = Rebuilt(model, convert)
     for _, error in rebuilt.errors.values():

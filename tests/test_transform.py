@@ -773,6 +773,24 @@ def test_kept_zeros_survive_fine_tuning():
         assert (new[old != 0] != old[old != 0]).all()
 
 
+def test_zeros_of_a_pruned_model_survive_fine_tuning():
+    pruned = ks.prune(mlp(), 0.6, filters="first|second")
+    tuned = ks.finalize(pruned, keep_zeros=True)
+    assert kinds(tuned) == ["KeepZeros", "KeepZeros", "Dense"]
+    tuned.compile("adam", "mse", run_eagerly=True)
+    tuned.fit(features(64, 4), features(64, 3), verbose=0)
+    small = ks.finalize(tuned)
+    assert kinds(small) == ["Dense"] * 3
+    for new, old in zip(small.layers, pruned.layers, strict=True):
+        new, old = values([new.kernel, old.kernel])
+        np.testing.assert_array_equal(new == 0, old == 0)
+
+
+def test_no_zeros_to_keep_is_an_error():
+    with pytest.raises(ValueError, match="`keep_zeros=True` needs zeros"):
+        ks.finalize(mlp(), keep_zeros=True)
+
+
 def wrapped_penalty(layer):
     return ks.Penalized(layer, HALO)
 
