@@ -313,9 +313,10 @@ def print_table(results):
     print(" " * 10 + "".join(f"{column:>15}" for column in columns))
     for label in [label for label in results if label != "curve"]:
         row = results[label]
+        macs = "unknown" if row["macs"] is None else f"{row['macs']:,}"
         print(
             f"{label:10}{row['accuracy']:15.2%}{row['sparsity']:15.2%}"
-            f"{row['macs']:15,}{row['bytes']:15,}{row['compressed_bytes']:15,}"
+            f"{macs:>15}{row['bytes']:15,}{row['compressed_bytes']:15,}"
         )
     for point in results.get("curve", []):
         print(f"pruned to {point['sparsity']:.2%}: accuracy {point['accuracy']:.2%}")

@@ -1,4 +1,4 @@
-"""A model built anew, with other layers in place of its own."""
+"""A model built anew, with other layers in place of its own, and its weights."""
 
 import contextlib
 import inspect
@@ -6,13 +6,14 @@ import random
 import tempfile
 
 import keras
-from keras import ops, tree
+from keras import tree
 
 from keras_sparsity.replicas import scope_of
 from keras_sparsity.selection import (
     governors,
     is_method_variable,
     is_rewritable,
+    to_array,
     walk,
 )
 
@@ -30,14 +31,14 @@ class Rebuilt:
 
     Models in the model are rebuilt too. A layer that several calls share is converted
     once. A layer that `convert` fails for, or whose conversion cannot be called where
-    the layer was, is cloned instead, and the error noted.
+    the layer was or cannot take its weights, is cloned instead, and the error noted.
 
     Args:
         model: A built Sequential or Functional model.
         convert: Callable: a new layer for a layer of the model.
 
     Attributes:
-        model: The new model, uncompiled, its weights as they were initialized.
+        model: The new model, uncompiled, of the same weights.
         layers: List of pairs, each old layer and what stands in its place.
         errors: Dict of `id(layer)` to pairs of a layer that was cloned, and why.
     """
@@ -62,7 +63,6 @@ class Rebuilt:
                 _ = self.model.losses
         finally:
             random.setstate(state)
-        self.layers = [(old, self._news[id(old)]) for old, _ in self._olds.values()]
 
     def _built(self, model):
         """Whether the model could be built without the layers known to fail."""
@@ -70,6 +70,12 @@ class Rebuilt:
         self._news: dict[int, object] = {}  # by the id of the old one
         try:
             self.model = self._rebuild(model)
+            # Scales are made when a penalty is computed first.
+            _ = self.model.losses
+            self.layers = list(self._olds.values())
+            for old, new in self.layers:
+                with self._noting_errors(old):
+                    copy_state(old, new)
         except _Again:
             return False
         return True
@@ -134,8 +140,14 @@ class Rebuilt:
 
     def _call(self, new, *args, **kwargs):
         old, _ = self._olds.get(id(new), (None, None))
-        try:
+        with self._noting_errors(old):
             return new(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _noting_errors(self, old):
+        """Notes that what was made of `old` fails, and begins again."""
+        try:
+            yield
         except Exception as error:
             if old is None or id(old) in self.errors:
                 raise
@@ -177,13 +189,19 @@ def _uncompiled(model):
 
 def copy_state(old, new):
     """Copies the weights of a layer to one that differs in its methods only."""
+    sources, targets = _plain_layers(old), _plain_layers(new)
+    if len(sources) != len(targets):
+        raise ValueError(
+            f"a {type(new).__name__} around it does not say what it governs, and so "
+            "cannot be given its weights"
+        )
     # As Keras saves them: some layers derive more from their weights when they load.
-    for source, target in zip(_plain_layers(old), _plain_layers(new), strict=True):
+    for source, target in zip(sources, targets, strict=True):
         store: dict = {}
         source.save_own_variables(store)
         if store:
             # Through numpy: on JAX, variables would share a buffer that is donated.
-            target.load_own_variables({k: _array(v) for k, v in store.items()})
+            target.load_own_variables({k: to_array(v) for k, v in store.items()})
         if hasattr(source, "save_assets"):
             with tempfile.TemporaryDirectory() as directory:
                 source.save_assets(directory)
@@ -194,11 +212,7 @@ def copy_state(old, new):
         sources = filter(is_method_variable, old.weights)
         targets = filter(is_method_variable, new.weights)
         for source, target in zip(sources, targets, strict=True):
-            target.assign(_array(source))
-
-
-def _array(value):
-    return ops.convert_to_numpy(ops.convert_to_tensor(value))
+            target.assign(to_array(source))
 
 
 def _plain_layers(layer):

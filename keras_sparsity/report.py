@@ -10,13 +10,13 @@ from keras import ops
 from keras_sparsity.macs import calls_per_layer, uses_per_weight
 from keras_sparsity.selection import (
     check_model,
-    effective_values,
-    finite_values,
+    check_weights,
     governed_weights,
     governors,
     is_prunable,
     leaves,
     plain_weights,
+    to_array,
 )
 from keras_sparsity.substitution import TransparentWrapper
 
@@ -171,6 +171,7 @@ def report(model) -> SparsityReport:
     ```
     """
     check_model(model, "report")
+    check_weights(model)
     governed = {id(g.variable): g for g in governed_weights(model)}
     rows: list[WeightRow] = []
     arrays: list[tuple] = []
@@ -181,9 +182,7 @@ def report(model) -> SparsityReport:
             if any(weight is seen for seen, _ in arrays):
                 continue  # shared with a layer before
             found = governed.get(id(weight))
-            values = (
-                effective_values(found) if found else finite_values(weight.path, weight)
-            )
+            values = to_array(found.effective if found else weight)
             arrays.append((weight, values))
             times = uses[id(weight)]
             if times is not None:

@@ -123,29 +123,30 @@ def governed_weights(layer) -> list[Governed]:
     return [found[id(v)] for v in layer.weights if id(v) in found]
 
 
-def effective_values(governed: Governed) -> np.ndarray:
-    """What inference computes with, as an array, checked for NaN."""
-    path = governed.variable.path
-    if governed.threshold is not None:
-        finite_values(f"the threshold of {path}", governed.threshold)
-    return finite_values(path, governed.effective)
-
-
 def full_precision(variable):
     """The value of `variable` in float32, or in float64 if that is its type."""
     dtype = keras.backend.standardize_dtype(variable.dtype)
     return ops.cast(variable, "float64" if dtype == "float64" else "float32")
 
 
-def finite_values(path: str, tensor) -> np.ndarray:
-    """`tensor` as an array, or a `ValueError` that names the weight that is NaN."""
-    values = ops.convert_to_numpy(ops.convert_to_tensor(tensor))
-    if values.dtype.kind not in "iub" and np.isnan(values).any():
-        raise ValueError(
-            f"Weight '{path}' must be free of NaN. Received {np.isnan(values).sum()} "
-            f"NaN among {values.size} values: did the training diverge?"
-        )
-    return values
+def to_array(tensor) -> np.ndarray:
+    """A tensor or a variable as an array."""
+    return ops.convert_to_numpy(ops.convert_to_tensor(tensor))
+
+
+def check_weights(model) -> None:
+    """Raises a `ValueError` that names a weight of `model` that is NaN.
+
+    The stored weights are looked at: a gate or a mask may hide a NaN.
+    """
+    for weight in model.weights:
+        values = to_array(weight)
+        if values.dtype.kind not in "iub" and np.isnan(values).any():
+            raise ValueError(
+                f"Weight '{weight.path}' must be free of NaN. Received "
+                f"{np.isnan(values).sum()} NaN among {values.size} values: did the "
+                "training diverge?"
+            )
 
 
 def is_method_variable(variable) -> bool:

@@ -9,12 +9,12 @@ from keras import tree
 
 from keras_sparsity.checks import check_sparsity
 from keras_sparsity.masks import KeepZeros
-from keras_sparsity.rebuild import Rebuilt, clone, copy_state
+from keras_sparsity.rebuild import Rebuilt, clone
 from keras_sparsity.selection import (
     Governed,
     check_filters,
     check_model,
-    effective_values,
+    check_weights,
     full_precision,
     governed_weights,
     governors,
@@ -24,6 +24,7 @@ from keras_sparsity.selection import (
     no_match,
     plain_weights,
     prunable,
+    to_array,
     walk,
 )
 from keras_sparsity.wrappers import Penalized
@@ -42,7 +43,8 @@ def sparsify(model, method, filters=None):
         model: A built Sequential or Functional `keras.Model`.
         method: A `keras.regularizers.Regularizer`, of which every kernel (trainable
             weight of rank 2 or more) gets a fresh copy; or a callable that takes a
-            layer and returns a layer, such as `functools.partial(LTP, l0=1e-6)`.
+            layer and returns a layer, such as `functools.partial(LTP, l0=1e-6)`: one
+            of the same weights, or a wrapper of this package.
         filters: Which layers: `None` for all, a regex that is searched in their names,
             a list of such, or a callable `layer -> bool`. Defaults to `None`.
 
@@ -92,7 +94,6 @@ def sparsify(model, method, filters=None):
             f"Received for layer '{names[0]}': {error}"
         ) from error
     for old, new in rebuilt.layers:
-        copy_state(old, new)
         if id(old) in candidates and isinstance(new, KeepZeros):
             new.keep_zeros()
     return rebuilt.model
@@ -101,10 +102,7 @@ def sparsify(model, method, filters=None):
 def _wrap(layer, method):
     wrapped = method(clone(layer))
     if not isinstance(wrapped, keras.Layer):
-        raise TypeError(
-            "Argument `method` must be a callable that returns a `keras.Layer`. "
-            f"Received for layer '{layer.name}': {wrapped!r}"
-        )
+        raise TypeError(f"it returned {wrapped!r}, which is no `keras.Layer`")
     return wrapped
 
 
@@ -151,28 +149,47 @@ def finalize(model, keep_zeros=False):
     Args:
         model: A built Sequential or Functional `keras.Model`.
         keep_zeros: Boolean: `True` for a model to fine-tune, in which the governed
-            layers are in `KeepZeros`. A second `finalize` gives the plain model.
+            layers are in `KeepZeros`; where nothing is governed, as after `prune`,
+            the layers that have zeros in a trainable weight of rank 2 or more. A
+            second `finalize` gives the plain model. Defaults to `False`.
 
     Returns:
         An uncompiled model that shares nothing with `model`.
 
     Raises:
         TypeError: If the model is subclassed.
-        ValueError: If the model is not built, or a governed weight is NaN.
+        ValueError: If the model is not built, if one of its weights is NaN, or if
+            there are no zeros to keep.
 
     Example:
 
     ```python
     small = ks.finalize(model)
     small.save("small.keras")
+
+    tuned = ks.finalize(ks.prune(model, 0.95), keep_zeros=True)
+    tuned.compile("adamw", "mse")
+    tuned.fit(x, y)
+    small = ks.finalize(tuned)
     ```
     """
     _check(model, "finalize")
+    check_weights(model)
     values = {
-        id(governed.variable): effective_values(governed)
+        id(governed.variable): to_array(governed.effective)
         for governed in governed_weights(model)
     }
-    return _plain(model, values, keep_zeros)
+    kept: set[int] = set()
+    if keep_zeros:
+        zeros = {id(w) for w in prunable(model) if not to_array(w).all()}
+        kept = set(values) or zeros
+        if not kept:
+            raise ValueError(
+                "Argument `keep_zeros=True` needs zeros to keep. Received a model "
+                "that no method governs, without a zero in its trainable weights of "
+                "rank 2 or more."
+            )
+    return _plain(model, values, kept)
 
 
 def prune(model, sparsity, scope="global", filters=None):
@@ -291,6 +308,7 @@ def _check(model, function):
 
 def pruned_values(model, sparsity, scope="global", filters=None):
     """`{id(variable): array}` of the selected weights of `model`, pruned."""
+    check_weights(model)
     governed = {id(g.variable): g for g in governed_weights(model)}
     selected = [layer for layer in leaves(model) if matches(layer, filters)]
     if not selected:
@@ -313,9 +331,9 @@ def pruned_values(model, sparsity, scope="global", filters=None):
     if scope == "global":
         pools = [[governed for pool in pools for governed in pool]]
     # What is governed but not selected keeps its effective values.
-    values = {key: effective_values(g) for key, g in governed.items()}
+    values = {key: to_array(g.effective) for key, g in governed.items()}
     for pool in pools:
-        arrays = {id(g.variable): effective_values(g) for g in pool}
+        arrays = {id(g.variable): to_array(g.effective) for g in pool}
         values.update(_prune_pool(arrays, sparsity))
     return values
 
@@ -334,27 +352,27 @@ def _prune_pool(arrays, sparsity):
     }
 
 
-def _plain(model, values, keep_zeros=False):
-    """`model` without its methods, with `{id(variable): array}` for its weights."""
+def _plain(model, values, kept=frozenset()):
+    """`model` without its methods, with `{id(variable): array}` for its weights.
+
+    The zeros of the variables whose ids are `kept` get masks.
+    """
     methods = {keras.saving.get_registered_name(type(g)) for g in governors(model)}
 
     def convert(layer):
-        if not governors(layer):
-            return clone(layer)
-        plain = keras.saving.deserialize_keras_object(
-            _strip(keras.saving.serialize_keras_object(layer), methods)
-        )
-        if not (keep_zeros and governed_weights(layer)):
-            return plain
-        governed = {id(g.variable) for g in governed_weights(layer)}
-        found = [i for i, w in enumerate(kernels(layer)) if id(w) in governed]
-        return KeepZeros(plain, variables=found)
+        if governors(layer):
+            plain = keras.saving.deserialize_keras_object(
+                _strip(keras.saving.serialize_keras_object(layer), methods)
+            )
+        else:
+            plain = clone(layer)
+        found = [i for i, w in enumerate(kernels(layer)) if id(w) in kept]
+        return KeepZeros(plain, variables=found) if found else plain
 
     rebuilt = Rebuilt(model, convert)
     for _, error in rebuilt.errors.values():
         raise error
     for old, new in rebuilt.layers:
-        copy_state(old, new)
         for variable, copy in zip(plain_weights(old), plain_weights(new), strict=True):
             if id(variable) in values:
                 copy.assign(values[id(variable)])

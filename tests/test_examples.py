@@ -145,6 +145,14 @@ def test_the_main_job_writes_what_it_says(run, tmp_path, capsys):
     assert results["curve"][0]["sparsity"] == 0.5
 
 
+@pytest.mark.parametrize(("macs", "shown"), [(None, "unknown"), (1234567, "1,234,567")])
+def test_the_table_shows_macs_that_are_not_known(capsys, macs, shown):
+    row = {"accuracy": 0.5, "sparsity": 0.9, "bytes": 2000, "compressed_bytes": 1000}
+    train.print_table({"sparse": {**row, "macs": macs}})
+    *_, line = capsys.readouterr().out.splitlines()
+    assert line.split() == ["sparse", "50.00%", "90.00%", shown, "2,000", "1,000"]
+
+
 @pytest.mark.parametrize("method", ["ltp", "halo", "l1", "magnitude", "dense"])
 def test_every_method_reaches_the_sparsity(run, tmp_path, method):
     # One epoch from scratch; the price is such that LTP gets there in it.

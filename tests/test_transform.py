@@ -429,6 +429,31 @@ def test_a_method_that_can_handle_nothing_is_an_error():
         ks.sparsify(model, breaking("call"))
 
 
+@pytest.mark.parametrize(
+    "method, reason",
+    [
+        (lambda layer: None, "it returned None, which is no `keras.Layer`$"),
+        (layers.SpectralNormalization, "a SpectralNormalization around it does not"),
+        (layers.TimeDistributed, "a TimeDistributed around it does not"),
+    ],
+    ids=["None", "SpectralNormalization", "TimeDistributed"],
+)
+def test_a_method_that_makes_something_else_is_an_error(method, reason):
+    model = keras.Sequential([keras.Input((5, 4)), layers.Dense(4, name="a")])
+    with pytest.raises(ValueError, match=f"^Argument `method`.*'a': {reason}"):
+        ks.sparsify(model, method)
+
+
+def test_a_layer_whose_weights_cannot_be_taken_stays_dense():
+    def method(layer):
+        wrap = layers.SpectralNormalization if layer.name == "first" else LTP
+        return wrap(layer)
+
+    sparse = ks.sparsify(mlp(), method)
+    assert kinds(sparse) == ["Dense", "LTP", "LTP"]
+    assert "SpectralNormalization" in ks.report(sparse).rows[0].reason
+
+
 def test_frozen_layers_stay_as_they_are():
     model = mlp()
     model.get_layer("first").trainable = False
@@ -748,6 +773,24 @@ def test_kept_zeros_survive_fine_tuning():
         assert (new[old != 0] != old[old != 0]).all()
 
 
+def test_zeros_of_a_pruned_model_survive_fine_tuning():
+    pruned = ks.prune(mlp(), 0.6, filters="first|second")
+    tuned = ks.finalize(pruned, keep_zeros=True)
+    assert kinds(tuned) == ["KeepZeros", "KeepZeros", "Dense"]
+    tuned.compile("adam", "mse", run_eagerly=True)
+    tuned.fit(features(64, 4), features(64, 3), verbose=0)
+    small = ks.finalize(tuned)
+    assert kinds(small) == ["Dense"] * 3
+    for new, old in zip(small.layers, pruned.layers, strict=True):
+        new, old = values([new.kernel, old.kernel])
+        np.testing.assert_array_equal(new == 0, old == 0)
+
+
+def test_no_zeros_to_keep_is_an_error():
+    with pytest.raises(ValueError, match="`keep_zeros=True` needs zeros"):
+        ks.finalize(mlp(), keep_zeros=True)
+
+
 def wrapped_penalty(layer):
     return ks.Penalized(layer, HALO)
 
@@ -999,6 +1042,25 @@ def test_a_weight_that_is_nan_is_an_error_that_names_it(function, method):
     bad = values([kernel])[0].copy()
     bad[1, 2] = np.nan
     kernel.assign(bad)
+    with pytest.raises(ValueError, match="second/kernel' must be free of NaN"):
+        FUNCTIONS[function](model)
+
+
+@pytest.mark.parametrize("function", ["finalize", "prune"])
+def test_a_weight_that_no_method_governs_must_not_be_nan_either(function):
+    model = ks.sparsify(mlp(), LTP, filters="first")
+    bias = model.get_layer("second").bias
+    bias.assign(np.where(np.arange(bias.shape[0]) == 1, np.nan, 0.0))
+    with pytest.raises(ValueError, match="second/bias' .*Received 1 NaN"):
+        FUNCTIONS[function](model)
+
+
+@pytest.mark.parametrize("function", ["finalize", "prune"])
+def test_a_nan_under_a_mask_is_an_error(function):
+    model = ks.sparsify(ks.prune(mlp(), 0.5), ks.KeepZeros)
+    kernel = model.get_layer("second").layer.kernel
+    (stored,) = values([kernel])
+    kernel.assign(np.where(stored == 0, np.nan, stored))
     with pytest.raises(ValueError, match="second/kernel' must be free of NaN"):
         FUNCTIONS[function](model)
 
