@@ -30,8 +30,7 @@ class Point:
         near_zero: Part of the weights that are zero or nearly: at most `2**-10` times
             the largest magnitude in their tensor. It tells how far a method is that
             makes no exact zeros before the prune.
-        metric: Value of the monitored metric; NaN if it was not finite, or if the
-            epoch had no validation.
+        metric: Value of the monitored metric; NaN if it was not finite.
         metrics: Dict of all the epoch's metrics.
         weights: Dict from the path of each weight to a dict of its own `sparsity`,
             `near_zero` and `threshold` (compared with `w**2`; `None` without one).
@@ -194,10 +193,8 @@ class Trail:
             x, y = [getattr(p, zeros) for p in points], [p.metric for p in points]
             above.plot(x, y, *args, **kwargs)
 
-        # A NaN would break the line.
-        finite = [p for p in self.points if math.isfinite(p.metric)]
-        draw(finite, ".-", color="0.6", linewidth=1, label="epochs, in order")
-        draw(finite[:1], "s", color="0.3", label="the first")
+        draw(self.points, ".-", color="0.6", linewidth=1, label="epochs, in order")
+        draw(self.points[:1], "s", color="0.3", label="the first")
         front = pareto_front(self.points, self.mode)
         draw(front, "o", color="C3", label="those that no other beats")
         above.set(xlabel=zeros, ylabel=self.monitor)
@@ -248,7 +245,7 @@ def read_points(directory, header, records):
             name: math.nan if value is None else value
             for name, value in record["metrics"].items()
         }
-        metric = metrics.get(header["monitor"], math.nan)
+        metric = metrics[header["monitor"]]
         path = directory / f"epoch-{record['epoch']:04d}.keras"
         points.append(Point(**{**record, "metrics": metrics}, metric=metric, path=path))
     return points

@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 import time
-import warnings
 from typing import Any
 
 import keras
@@ -48,9 +47,6 @@ class SparsityTrail(keras.callbacks.Callback):
     killed, at most the epoch under way is lost. Training again with the same directory
     continues the record.
 
-    An epoch without validation (`validation_freq`) is recorded without the metrics of
-    validation; where one of them is monitored, the epoch is compared with no other.
-
     Args:
         directory: Path of the directory to write to. It is made if it does not exist.
         monitor: Name of the metric that an epoch is judged by: one of the task, since
@@ -67,7 +63,7 @@ class SparsityTrail(keras.callbacks.Callback):
     Raises:
         ValueError: If an argument is none of the above; at the start of training, if
             the directory holds the trail of another model or metric; at the end of an
-            epoch that should have it, if `monitor` is not among the metrics.
+            epoch, if `monitor` is not among the metrics.
         OSError: At the start of training, if the directory cannot be written.
 
     Example:
@@ -128,7 +124,6 @@ class SparsityTrail(keras.callbacks.Callback):
         self._header, self._records = lines[0], lines[1:]
         earlier = self._records[-1]["seconds"] if self._records else 0.0
         self._began = time.monotonic() - earlier
-        self._was_warned = False
         # On TensorFlow a model may be built by its first batch only.
         if self.model.built:
             _ = self.model.losses  # a penalty finds its weight when it is computed
@@ -139,7 +134,11 @@ class SparsityTrail(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         metrics = {k: float(v) for k, v in logs.items() if isinstance(v, numbers.Real)}
         if self.monitor not in metrics:
-            self._expect_later(metrics)
+            raise ValueError(
+                "Argument `monitor` must be one of the metrics of the epoch: "
+                f"{', '.join(metrics)} (those of validation data begin with `val_`). "
+                f"Received: monitor={self.monitor!r}"
+            )
         weights = _counted_weights(self.model)
         self._claim_directory(weights)
         counts = _count_zeros(weights)
@@ -152,24 +151,6 @@ class SparsityTrail(keras.callbacks.Callback):
         }
         self._records.append(record)
         self._write()
-
-    def _expect_later(self, metrics):
-        """Raises unless the metric may yet come, in an epoch with validation."""
-        was_validated = any(name.startswith("val_") for name in metrics)
-        if was_validated or not self.monitor.startswith("val_"):
-            raise ValueError(
-                "Argument `monitor` must be one of the metrics of the epoch: "
-                f"{', '.join(metrics)}. Received: monitor={self.monitor!r}"
-            )
-        # Nothing tells a callback whether `fit` has validation data at all.
-        if not self._was_warned:
-            self._was_warned = True
-            warnings.warn(
-                f"An epoch without validation has no {self.monitor!r}, the `monitor` "
-                "of the trail, and is compared with no other. The metrics are: "
-                f"{', '.join(metrics)}.",
-                stacklevel=3,
-            )
 
     def _claim_directory(self, weights):
         """Begins the record, or makes sure that it is the record of this model."""
