@@ -136,7 +136,8 @@ class SparsityTrail(keras.callbacks.Callback):
         if self.monitor not in metrics:
             raise ValueError(
                 "Argument `monitor` must be one of the metrics of the epoch: "
-                f"{', '.join(metrics)} (those of validation data begin with `val_`). "
+                f"{', '.join(metrics)} (those of validation data begin with `val_`, and "
+                "are needed at every epoch: `validation_freq=1`). "
                 f"Received: monitor={self.monitor!r}"
             )
         weights = _counted_weights(self.model)
