@@ -1,20 +1,22 @@
 """The callback that leaves a trail of sparser and sparser networks."""
 
-import contextlib
 import itertools
 import json
 import math
 import numbers
-import os
 import pathlib
 import re
 import time
+import zipfile
 from typing import Any
 
 import keras
+import numpy as np
 from keras import ops
 
+from keras_sparsity.files import written_whole
 from keras_sparsity.record import FORMAT, pareto_front, read_lines, read_points
+from keras_sparsity.replicas import is_chief
 from keras_sparsity.selection import (
     Governed,
     full_precision,
@@ -22,6 +24,7 @@ from keras_sparsity.selection import (
     name_within,
     prunable,
 )
+from keras_sparsity.state import restore_training_state, training_state
 from keras_sparsity.transform import finalize
 
 # The resolution of float16: a sum in it that holds the largest weight of a tensor would
@@ -45,7 +48,17 @@ class SparsityTrail(keras.callbacks.Callback):
     it and the history. The record, `trail.jsonl`, and the checkpoints, plain Keras
     models made by `keras_sparsity.finalize`, are put in place whole: if training is
     killed, at most the epoch under way is lost. Training again with the same directory
-    continues the record.
+    continues the record. Of several workers that train together, the chief writes, and
+    all must see the directory.
+
+    With `resume=True` it keeps the whole state of the training too: a run that was
+    killed, and is started again with the same command, goes on after the last epoch
+    recorded, and ends with the weights and the trail of a run that was never killed.
+    The state is that of the model, of its optimizer (learning rate, slots, scales'
+    and thresholds' own), of seed generators, and of the random generators of Python,
+    NumPy and torch. Two things are not in it. One is the order in which TensorFlow
+    shuffles: there, give `fit` data whose order is a function of the epoch, or
+    `shuffle=False`. The other is what callbacks remember, as `EarlyStopping` does.
 
     Args:
         directory: Path of the directory to write to. It is made if it does not exist.
@@ -58,13 +71,16 @@ class SparsityTrail(keras.callbacks.Callback):
             one; of equal ones, the earliest is kept); `"all"`; or `"none"`. A method
             without exact zeros before the prune, as HALO, has a single best epoch: keep
             all if others are to be pruned. Defaults to `"pareto"`.
-        resume: Must be `False`.
+        resume: Boolean: `True` to keep the state of the training, and to go on from
+            that which the directory holds. Defaults to `False`.
 
     Raises:
         ValueError: If an argument is none of the above; at the start of training, if
-            the directory holds the trail of another model or metric; at the end of an
-            epoch, if `monitor` is not among the metrics.
-        OSError: At the start of training, if the directory cannot be written.
+            the directory holds the trail of another model, optimizer or metric, or
+            with `resume=True` one without a state; at the end of an epoch, if `monitor`
+            is not among the metrics.
+        OSError: If the directory cannot be written: at the start of training, or, if
+            the disk is full, at the end of an epoch. What it held is intact.
 
     Example:
 
@@ -98,17 +114,34 @@ class SparsityTrail(keras.callbacks.Callback):
                 "Argument `monitor` must be the name of a metric. "
                 f"Received: monitor={monitor!r}"
             )
-        if resume:
+        if not isinstance(resume, bool):
             raise ValueError(
-                "Argument `resume` must be False: exact resuming is not available in "
-                f"this version. Received: resume={resume!r}"
+                f"Argument `resume` must be True or False. Received: resume={resume!r}"
             )
         self.directory = pathlib.Path(directory)
         self.monitor = monitor
         self.mode = _direction(monitor) if mode == "auto" else mode
         self.keep = keep
+        self.resume = resume
 
     def on_train_begin(self, logs=None):
+        if is_chief(self.model):
+            self._try_directory()
+        record = self.directory / "trail.jsonl"
+        lines: list[Any] = read_lines(record) if record.exists() else [None]
+        self._header, self._records = lines[0], lines[1:]
+        if self.resume:
+            self._resume()
+        earlier = self._records[-1]["seconds"] if self._records else 0.0
+        self._began = time.monotonic() - earlier
+        # On TensorFlow a model may be built by its first batch only.
+        if self.model.built:
+            _ = self.model.losses  # a penalty finds its weight when it is computed
+            self._claim_directory(_counted_weights(self.model))
+            if self.keep != "none":
+                finalize(self.model)  # raises now what it would after an epoch
+
+    def _try_directory(self):
         trial = self.directory / "unfinished.keras"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
@@ -119,25 +152,57 @@ class SparsityTrail(keras.callbacks.Callback):
                 "Argument `directory` must be a directory that can be written. "
                 f"Received: directory='{self.directory}' ({error})"
             ) from error
-        record = self.directory / "trail.jsonl"
-        lines: list[Any] = read_lines(record) if record.exists() else [None]
-        self._header, self._records = lines[0], lines[1:]
-        earlier = self._records[-1]["seconds"] if self._records else 0.0
-        self._began = time.monotonic() - earlier
-        # On TensorFlow a model may be built by its first batch only.
-        if self.model.built:
-            _ = self.model.losses  # a penalty finds its weight when it is computed
-            self._claim_directory(_counted_weights(self.model))
-            if self.keep != "none":
-                finalize(self.model)  # raises now what it would after an epoch
+
+    def _resume(self):
+        """Goes on from the state in the directory, if there is one."""
+        path = self.directory / "state.npz"
+        if not path.exists():
+            if self._records:
+                raise ValueError(
+                    "Argument `directory` must be new or hold the state of a training "
+                    f"to resume. Received: directory='{self.directory}', a trail that "
+                    "was recorded without `resume=True`."
+                )
+            return
+        if not self.model.built:
+            raise ValueError(
+                "A model must be built before its training can be resumed: give it a "
+                "`keras.Input`, or call it on data first."
+            )
+        _ = self.model.losses
+        try:
+            with path.open("rb") as file, np.load(file) as arrays:
+                state = dict(arrays)
+        except (OSError, ValueError, zipfile.BadZipFile) as error:
+            raise ValueError(f"'{path}' is damaged: {error}") from error
+        # The state is written before the record, so it may be one epoch ahead.
+        self._header, *self._records = json.loads(str(state.pop("record")))
+        self._claim_directory(_counted_weights(self.model))
+        try:
+            restore_training_state(self.model, state)
+        except ValueError as error:
+            raise ValueError(
+                "Argument `directory` must be new or hold the training of this model "
+                f"and optimizer. Received: directory='{self.directory}'. {error}"
+            ) from error
+        # As `BackupAndRestore` does: nothing public tells `fit` where to begin.
+        self.model._initial_epoch = int(state["epoch"])
+        if is_chief(self.model):
+            self._write_record()
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.model._initial_epoch = None  # or the next `fit` would begin there too
+
+    def on_train_end(self, logs=None):
+        self.model._initial_epoch = None
 
     def on_epoch_end(self, epoch, logs=None):
         metrics = {k: float(v) for k, v in logs.items() if isinstance(v, numbers.Real)}
         if self.monitor not in metrics:
             raise ValueError(
                 "Argument `monitor` must be one of the metrics of the epoch: "
-                f"{', '.join(metrics)} (those of validation data begin with `val_`, and "
-                "are needed at every epoch: `validation_freq=1`). "
+                f"{', '.join(metrics)} (those of validation data begin with `val_` "
+                "and are needed at every epoch: `validation_freq=1`). "
                 f"Received: monitor={self.monitor!r}"
             )
         weights = _counted_weights(self.model)
@@ -151,7 +216,7 @@ class SparsityTrail(keras.callbacks.Callback):
             "metrics": {name: _finite(value) for name, value in metrics.items()},
         }
         self._records.append(record)
-        self._write()
+        self._write(epoch)
 
     def _claim_directory(self, weights):
         """Begins the record, or makes sure that it is the record of this model."""
@@ -177,26 +242,51 @@ class SparsityTrail(keras.callbacks.Callback):
                 )
         self._header = header
 
-    def _write(self):
-        """Writes the last epoch's checkpoint, then the record, then deletes others'.
+    def _write(self, epoch):
+        """Writes the last epoch's checkpoint, the state, and then the record.
 
-        In this order a kill leaves no record without its checkpoint.
+        In this order a kill leaves no record without its checkpoint, and no state that
+        is behind the record.
         """
-        points = read_points(self.directory, self._header, self._records)
-        *_, latest = points
-        if self.keep == "pareto":
-            front = pareto_front(points, self.mode)
-            dropped = [point for point in points if point not in front]
-        else:
-            dropped = [] if self.keep == "all" else [latest]
-        if latest not in dropped:
-            with _written_beside(latest.path) as path:
-                finalize(self.model).save(path)
-        with _written_beside(self.directory / "trail.jsonl") as path:
+        latest = len(self._records)
+        # Where replicas have values of their own, as of batch statistics, all workers
+        # must take part in reading them; but the chief alone writes.
+        kept = latest not in self._dropped_epochs()
+        small = finalize(self.model) if kept else None
+        state = training_state(self.model) if self.resume else None
+        if not is_chief(self.model):
+            return
+        if small is not None:
+            with written_whole(self._points()[-1].path) as path:
+                small.save(path)
+        if state is not None:
+            record = np.array(json.dumps([self._header, *self._records]))
+            with written_whole(self.directory / "state.npz") as path:
+                np.savez(path, epoch=epoch + 1, record=record, **state)
+        self._write_record()
+
+    def _write_record(self):
+        with written_whole(self.directory / "trail.jsonl") as path:
             lines = [json.dumps(line) for line in (self._header, *self._records)]
             path.write_text("\n".join([*lines, ""]))
-        for point in dropped:
-            point.path.unlink(missing_ok=True)
+        dropped = self._dropped_epochs()
+        for point in self._points():
+            if point.epoch in dropped:
+                point.path.unlink(missing_ok=True)
+
+    def _points(self):
+        return read_points(self.directory, self._header, self._records)
+
+    def _dropped_epochs(self):
+        """The epochs whose checkpoint is not to be kept."""
+        match self.keep:
+            case "all":
+                kept = self._points()
+            case "pareto":
+                kept = pareto_front(self._points(), self.mode)
+            case _:
+                kept = []
+        return {p.epoch for p in self._points()} - {p.epoch for p in kept}
 
 
 def _direction(monitor):
@@ -252,13 +342,3 @@ def _count_zeros(weights):
 def _finite(value):
     """JSON has no NaN and no infinity: they become null."""
     return value if math.isfinite(value) else None
-
-
-@contextlib.contextmanager
-def _written_beside(path):
-    """Gives a path to write to, and puts the file in place once it is whole."""
-    beside = path.with_name(f"unfinished{path.suffix}")
-    yield beside
-    with open(beside, "rb+") as file:
-        os.fsync(file.fileno())
-    os.replace(beside, path)

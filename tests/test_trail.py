@@ -328,7 +328,7 @@ def test_cut_last_line_is_left_out_and_replaced(tmp_path):
 # Bad input
 
 
-@pytest.mark.parametrize("argument", [{"mode": "up"}, {"keep": 3}, {"resume": True}])
+@pytest.mark.parametrize("argument", [{"mode": "up"}, {"keep": 3}, {"resume": 1}])
 def test_argument_is_refused_by_name(tmp_path, argument):
     with pytest.raises(ValueError, match=f"`{next(iter(argument))}`"):
         SparsityTrail(tmp_path, **argument)

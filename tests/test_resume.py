@@ -1,0 +1,280 @@
+"""Trainings that are killed and go on: real processes, real kills."""
+
+import functools
+import json
+import multiprocessing
+import os
+import resource
+import shutil
+import signal
+import time
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_sparsity as ks
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(48, 6)).astype("float32")
+Y = RNG.integers(0, 3, size=48)
+
+METHODS = {
+    "LTP": functools.partial(ks.LTP, l0=1e-3),
+    "LTP absolute": functools.partial(ks.LTP, l0=1e-4, threshold_units="absolute"),
+    "HALO": ks.HALO(xi=1e-3, psi=1e-2),
+    "MagnitudePruning": functools.partial(
+        ks.MagnitudePruning, schedule=ks.CubicSparsity(0.8, 9, frequency=2)
+    ),
+}
+
+# Processes of their own, forked from one that has imported Keras and done nothing.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["keras", "keras_sparsity"])
+
+
+def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
+    """The same command each time: everything follows from the seed."""
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(8, name="first"),
+            layers.BatchNormalization(),
+            layers.ReLU(),
+            layers.Dropout(0.3),
+            layers.Dense(3, name="second"),
+        ]
+    )
+    model = ks.sparsify(model, METHODS[method])
+    schedule = keras.optimizers.schedules.ExponentialDecay(0.05, 4, 0.8)
+    optimizers = {
+        "sgd": lambda: keras.optimizers.SGD(schedule, momentum=0.9),
+        "adam": lambda: keras.optimizers.Adam(1e-2),
+    }
+    model.compile(
+        ks.SparsityOptimizer(optimizers[optimizer]()),
+        keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+        metrics=["accuracy"],
+    )
+    trail = ks.SparsityTrail(directory, monitor="val_accuracy", resume=True)
+    history = model.fit(
+        X,
+        Y,
+        batch_size=16,
+        epochs=epochs,
+        # TensorFlow begins its order anew, whatever the state of its generators.
+        shuffle=keras.backend.backend() != "tensorflow",
+        validation_data=(X, Y),
+        callbacks=[trail, *callbacks],
+        verbose=0,
+    )
+    return model, history
+
+
+def values(model):
+    variables = [*model.variables, *model.optimizer.variables]
+    return [keras.ops.convert_to_numpy(variable).copy() for variable in variables]
+
+
+def record(directory):
+    """The lines of a trail, without the time that they took."""
+    lines = (directory / "trail.jsonl").read_text().splitlines()
+    return [{**json.loads(line), "seconds": None} for line in lines]
+
+
+def files(directory):
+    return sorted(path.name for path in directory.iterdir())
+
+
+def assert_same(received, expected):
+    for a, b in zip(received, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+class KillAt(keras.callbacks.Callback):
+    def __init__(self, epoch, batch):
+        super().__init__()
+        self.moment = (epoch, batch)
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self.epoch = epoch
+
+    def on_train_batch_end(self, batch, logs=None):
+        if (self.epoch, batch) == self.moment:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(target, *args):
+    process = PROCESSES.Process(target=target, args=args)
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def train_and_die(directory, method, epoch, batch):
+    train(directory, method, callbacks=[KillAt(epoch, batch)])
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_killed_in_the_middle_of_an_epoch(tmp_path, method):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected, _ = train(whole, method)
+    assert run(train_and_die, cut, method, 2, 1) == -signal.SIGKILL
+    assert len(ks.Trail(cut).points) == 2
+
+    model, history = train(cut, method)
+    assert history.epoch == [2, 3]
+    assert_same(values(model), values(expected))
+    assert record(cut) == record(whole)
+    assert files(cut) == files(whole)
+    for point in ks.Trail(cut).points:
+        if point.path.exists():
+            reference = keras.saving.load_model(whole / point.path.name)
+            assert_same(point.load().get_weights(), reference.get_weights())
+
+
+def test_a_finished_training_is_not_repeated(tmp_path):
+    expected, _ = train(tmp_path)
+    lines = record(tmp_path)
+    model, history = train(tmp_path)
+    assert history.epoch == []
+    assert_same(values(model), values(expected))
+    assert record(tmp_path) == lines
+    model.fit(X, Y, epochs=1, verbose=0)  # begins at its own first epoch
+    assert model.history.epoch == [0]
+
+
+def test_more_epochs_go_on(tmp_path):
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    expected, _ = train(whole, epochs=5)
+    train(parts, epochs=2)
+    model, _ = train(parts, epochs=5)
+    assert_same(values(model), values(expected))
+    assert record(parts) == record(whole)
+
+
+def test_killed_between_the_state_and_the_record(tmp_path):
+    expected, _ = train(tmp_path / "whole", epochs=3)
+    train(tmp_path / "cut", epochs=2)
+    record_of_one = (tmp_path / "cut/trail.jsonl").read_text().splitlines()[:2]
+    (tmp_path / "cut/trail.jsonl").write_text("\n".join([*record_of_one, ""]))
+    model, _ = train(tmp_path / "cut", epochs=3)
+    assert_same(values(model), values(expected))
+    assert record(tmp_path / "cut") == record(tmp_path / "whole")
+
+
+def train_while_told(directory, started):
+    class Tell(keras.callbacks.Callback):
+        def on_train_begin(self, logs=None):
+            started.set()
+
+    train(directory, epochs=400, callbacks=[Tell()])
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments(tmp_path):
+    generator = np.random.default_rng(1)
+    recorded = 0
+    for _ in range(50):
+        started = PROCESSES.Event()
+        process = PROCESSES.Process(target=train_while_told, args=(tmp_path, started))
+        process.start()
+        assert started.wait(60)
+        time.sleep(generator.uniform(0, 0.8))
+        process.kill()
+        process.join()
+        assert process.exitcode == -signal.SIGKILL
+        if not (tmp_path / "trail.jsonl").exists():
+            assert recorded == 0
+            continue
+        points = ks.Trail(tmp_path).points
+        with np.load(tmp_path / "state.npz") as state:
+            assert int(state["epoch"]) - len(points) in (0, 1)
+        assert len(points) >= recorded
+        recorded = len(points)
+        on_front = ks.Trail(tmp_path).select()
+        assert np.isfinite(on_front.load().predict(X, verbose=0)).all()
+    assert recorded > 0
+    epochs = recorded + 2
+    model, _ = train(tmp_path, epochs=epochs)
+    expected, _ = train(tmp_path / "whole", epochs=epochs)
+    assert_same(values(model), values(expected))
+    assert record(tmp_path) == record(tmp_path / "whole")
+
+
+def train_on_a_full_disk(directory, errors):
+    class Fill(keras.callbacks.Callback):
+        def on_epoch_begin(self, epoch, logs=None):
+            if epoch == 2:  # no file may grow beyond what a disk still takes
+                resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)
+                )
+
+    try:
+        train(directory, callbacks=[Fill()])
+    except OSError as error:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
+        errors.put(str(error))
+
+
+def test_full_disk(tmp_path):
+    train(tmp_path / "whole")
+    errors = PROCESSES.SimpleQueue()
+    assert run(train_on_a_full_disk, tmp_path / "cut", errors) == 0
+    error = errors.get()
+    assert "could not be written; what was written before is intact" in error
+    assert str(tmp_path) in error
+    assert record(tmp_path / "cut") == record(tmp_path / "whole")[:3]
+    assert not list((tmp_path / "cut").glob("unfinished*"))
+
+    train(tmp_path / "cut")  # there is room again
+    assert record(tmp_path / "cut") == record(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("other", [{"method": "HALO"}, {"optimizer": "adam"}])
+def test_state_of_another_training_is_refused(tmp_path, other):
+    train(tmp_path, epochs=1)
+    before = record(tmp_path)
+    with pytest.raises(ValueError, match="`directory` must be new or hold the tra"):
+        train(tmp_path, **other)
+    assert record(tmp_path) == before
+
+
+def test_trail_without_a_state_is_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    (tmp_path / "state.npz").unlink()
+    with pytest.raises(ValueError, match="recorded without `resume=True`"):
+        train(tmp_path)
+
+
+def test_damaged_state_is_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    state = tmp_path / "state.npz"
+    state.write_bytes(state.read_bytes()[:-100])
+    with pytest.raises(ValueError, match="'.*state.npz' is damaged"):
+        train(tmp_path)
+
+
+def train_with_backup(directory, method, die):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(3)])
+    model = ks.sparsify(model, METHODS[method])
+    optimizer = ks.SparsityOptimizer(keras.optimizers.SGD(0.05, momentum=0.9))
+    model.compile(optimizer, "mse")
+    targets = np.eye(3, dtype="float32")[Y]
+    backup = keras.callbacks.BackupAndRestore(directory, delete_checkpoint=False)
+    callbacks = [backup, KillAt(2, 1)] if die else [backup]
+    model.fit(X, targets, 16, 4, 0, callbacks, shuffle=False)
+    return model
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_restart_under_backup_and_restore(tmp_path, method):
+    expected = train_with_backup(tmp_path / "whole", method, die=False)
+    killed = run(train_with_backup, tmp_path / "cut", method, True)
+    assert killed == -signal.SIGKILL
+    model = train_with_backup(tmp_path / "cut", method, die=False)
+    assert_same(values(model), values(expected))
+    shutil.rmtree(tmp_path)
