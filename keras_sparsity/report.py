@@ -7,7 +7,7 @@ import zlib
 import numpy as np
 from keras import ops
 
-from keras_sparsity.macs import calls_per_layer, uses_per_weight
+from keras_sparsity.macs import uses_in_model
 from keras_sparsity.selection import (
     check_model,
     check_weights,
@@ -175,19 +175,15 @@ def report(model) -> SparsityReport:
     governed = {id(g.variable): g for g in governed_weights(model)}
     rows: list[WeightRow] = []
     arrays: list[tuple] = []
-    calls = calls_per_layer(model)
+    uses = uses_in_model(model)
     for layer in leaves(model):
-        uses = uses_per_weight(layer)
         for weight in plain_weights(layer):
             if any(weight is seen for seen, _ in arrays):
                 continue  # shared with a layer before
             found = governed.get(id(weight))
             values = to_array(found.effective if found else weight)
             arrays.append((weight, values))
-            times = uses[id(weight)]
-            if times is not None:
-                times *= calls[id(layer)]
-            rows.append(_row(layer, weight, found, values, times))
+            rows.append(_row(layer, weight, found, values, uses[id(weight)]))
     if governed:
         counted = [row for row in rows if row.method]
     else:
