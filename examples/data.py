@@ -1,9 +1,11 @@
 """Labelled images as arrays: scikit-learn's digits, or any set of
 tensorflow-datasets."""
 
+import math
 import pathlib
 from typing import NamedTuple
 
+import keras
 import numpy as np
 
 
@@ -18,6 +20,35 @@ class Data(NamedTuple):
     validation: tuple[np.ndarray, np.ndarray]
     test: tuple[np.ndarray, np.ndarray]
     classes: int
+
+
+class Batches(keras.utils.PyDataset):
+    """Batches of arrays, in an order that is a function of the seed and the epoch.
+
+    A training that goes on at a later epoch meets the order that it would have met.
+    The callback `follow` must be given to `fit`: it says which epoch it is.
+    """
+
+    def __init__(self, x, y, batch_size, seed):
+        super().__init__()
+        self.x, self.y = x, y
+        self.batch_size = batch_size
+        self.seed = seed
+        self.follow = keras.callbacks.LambdaCallback(
+            on_epoch_begin=lambda epoch, logs: self.begin(epoch)
+        )
+        self.begin(0)
+
+    def begin(self, epoch):
+        self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.x))
+
+    def __len__(self):
+        return math.ceil(len(self.x) / self.batch_size)
+
+    def __getitem__(self, index):
+        start = index * self.batch_size
+        rows = self.order[start : start + self.batch_size]
+        return self.x[rows], self.y[rows]
 
 
 def load(name, data_dir=None, download=False, image_size=None, validation=0.1, seed=0):

@@ -4,6 +4,7 @@ Without any flag: a small convolutional network on scikit-learn's handwritten
 digits, pruned by LTP. `--helpshort` lists the other methods, networks and settings.
 """
 
+import contextlib
 import functools
 import importlib
 import json
@@ -12,6 +13,7 @@ import pathlib
 import re
 import shlex
 import sys
+import tempfile
 import time
 
 import data as data_sets
@@ -20,6 +22,7 @@ import networks
 from absl import app, flags, logging
 
 import keras_sparsity as ks
+from keras_sparsity.replicas import is_chief
 
 FLAGS = flags.FLAGS
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
@@ -46,6 +49,19 @@ flags.DEFINE_list(
 )
 flags.DEFINE_string(
     "output", None, "Directory to write to. Default: runs/<dataset>-<model>-<method>."
+)
+flags.DEFINE_bool(
+    "resume",
+    False,
+    "Keep the state of the training in the output directory, and go on from it: the "
+    "same command again finishes a run that was killed.",
+)
+flags.DEFINE_enum(
+    "strategy",
+    "none",
+    ["none", "mirrored", "multi_worker", "data_parallel"],
+    "Several devices: mirrored over all of this machine, or multi_worker as TF_CONFIG "
+    "says (TensorFlow); data_parallel (JAX).",
 )
 
 flags.DEFINE_string(
@@ -138,10 +154,40 @@ for name in ("temperature", "multiplier"):
 
 def main(argv):
     del argv
-    began = time.monotonic()
     fill_defaults()
-    output = pathlib.Path(FLAGS.output)
-    output.mkdir(parents=True, exist_ok=True)
+    with devices():
+        run()
+
+
+def devices():
+    """The scope in which everything is done, by `--strategy`."""
+    backend = {"none": keras.backend.backend(), "data_parallel": "jax"}.get(
+        FLAGS.strategy, "tensorflow"
+    )
+    if backend != keras.backend.backend():
+        raise app.UsageError(
+            f"--strategy={FLAGS.strategy} needs KERAS_BACKEND={backend}. "
+            f"Received: {keras.backend.backend()}"
+        )
+    match FLAGS.strategy:
+        case "mirrored":
+            import tensorflow as tf
+
+            # By name, since TensorFlow by itself takes one device where none is a GPU.
+            kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
+            names = [device.name for device in tf.config.list_logical_devices(kind)]
+            return tf.distribute.MirroredStrategy(names).scope()
+        case "multi_worker":
+            from keras_sparsity.distribution import MultiWorkerMirroredStrategy
+
+            return MultiWorkerMirroredStrategy().scope()
+        case "data_parallel":
+            return keras.distribution.DataParallel().scope()
+    return contextlib.nullcontext()
+
+
+def run():
+    began = time.monotonic()
     keras.utils.set_random_seed(FLAGS.seed)
     keras.config.set_dtype_policy(FLAGS.precision)
     data = data_sets.load(
@@ -153,18 +199,25 @@ def main(argv):
         seed=FLAGS.seed,
     )
     model = networks.build(FLAGS.model, data.train[0].shape[1:], data.classes)
-    if FLAGS.pretrain_epochs:
-        fit(model, data, FLAGS.pretrain_epochs, "dense training")
-    dense = ks.finalize(model)  # a copy
+    output = pathlib.Path(FLAGS.output)
+    together = FLAGS.resume or FLAGS.strategy == "multi_worker"
+    trails = output if together else output / time.strftime("%Y%m%d-%H%M%S")
+    if not is_chief(model):
+        # Workers compute everything together, and the first one's files are kept.
+        FLAGS.verbose = "0"
+        output = pathlib.Path(tempfile.mkdtemp())
+    output.mkdir(parents=True, exist_ok=True)
 
+    if FLAGS.pretrain_epochs:
+        fit(model, data, FLAGS.pretrain_epochs, "dense training", trails / "dense")
+    dense = ks.finalize(model)  # a copy
     if FLAGS.method != "dense":
         model = ks.sparsify(model, method(step_count(data, FLAGS.epochs)))
-    trail = ks.SparsityTrail(output / time.strftime("trail-%Y%m%d-%H%M%S"))
-    fit(model, data, FLAGS.epochs, f"method {FLAGS.method}", [trail])
-    sparse = pick(model, trail.directory)
+    fit(model, data, FLAGS.epochs, f"method {FLAGS.method}", trails / "trail")
+    sparse = pick(model, trails / "trail")
     if FLAGS.finetune_epochs:
         sparse = ks.sparsify(sparse, ks.KeepZeros)
-        fit(sparse, data, FLAGS.finetune_epochs, "fine-tuning")
+        fit(sparse, data, FLAGS.finetune_epochs, "fine-tuning", trails / "finetune")
         sparse = ks.finalize(sparse)
 
     # Every choice is made. Now, and only now, the test images.
@@ -177,13 +230,15 @@ def main(argv):
     curve = [float(sparsity) for sparsity in FLAGS.curve]
     if curve:
         results["curve"] = ks.pruning_curve(model, *data.test, curve)
+    if not is_chief(model):
+        return
 
-    ks.Trail(trail.directory).plot(output / "trail.png")
+    ks.Trail(trails / "trail").plot(output / "trail.png")
     record(output / "results.jsonl", results, time.monotonic() - began)
     print(f"\n{ks.report(sparse)}\n")
     print_table(results)
-    written = f"sparse.keras (plain Keras), {trail.directory.name}/, trail.png"
-    print(f"\nWritten to {output}/: {written}, results.jsonl")
+    written = f"sparse.keras (plain Keras), {trails.relative_to(output)}/trail"
+    print(f"\nWritten to {output}/: {written}, trail.png, results.jsonl")
 
 
 def fill_defaults():
@@ -204,9 +259,10 @@ def step_count(data, epochs):
     return epochs * math.ceil(len(data.train[0]) / FLAGS.batch_size)
 
 
-def fit(model, data, epochs, phase, callbacks=()):
+def fit(model, data, epochs, phase, trail):
     """Compiles and trains `model`; the schedule spans exactly these epochs."""
-    print(f"\n{phase.capitalize()}: {epochs} epochs")
+    if is_chief(model):
+        print(f"\n{phase.capitalize()}: {epochs} epochs")
     total, rate = step_count(data, epochs), FLAGS.learning_rate
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
         [total // 2, total * 3 // 4], [rate, rate / 10, rate / 100]
@@ -226,14 +282,20 @@ def fit(model, data, epochs, phase, callbacks=()):
         metrics=["accuracy"],
         jit_compile={"true": True, "false": False}.get(FLAGS.jit_compile, "auto"),
     )
-    model.fit(
-        *data.train,
-        batch_size=FLAGS.batch_size,
-        epochs=epochs,
-        validation_data=data.validation,
-        callbacks=callbacks,
-        verbose=int(FLAGS.verbose),
-    )
+    keep = "pareto" if trail.name == "trail" else "none"
+    callbacks = [ks.SparsityTrail(trail, keep=keep, resume=FLAGS.resume)]
+    arguments = {
+        "epochs": epochs,
+        "validation_data": data.validation,
+        "verbose": int(FLAGS.verbose),
+    }
+    if keras.backend.backend() == "tensorflow":
+        # Its own order of arrays cannot be taken up again after a kill.
+        batches = data_sets.Batches(*data.train, FLAGS.batch_size, FLAGS.seed)
+        model.fit(batches, callbacks=[batches.follow, *callbacks], **arguments)
+    else:
+        batch_size = FLAGS.batch_size
+        model.fit(*data.train, batch_size, callbacks=callbacks, **arguments)
 
 
 def method(steps):

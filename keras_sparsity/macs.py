@@ -1,12 +1,15 @@
 """How many multiplications and additions each weight takes part in."""
 
-import collections
+import itertools
 import math
 import re
 
 import keras
+from keras import tree
 
-from keras_sparsity.selection import is_rewritable
+from keras_sparsity.rebuild import clone, random_state_kept
+from keras_sparsity.selection import is_rewritable, plain_weights
+from keras_sparsity.substitution import TransparentWrapper
 
 # Keras' names for weights that are no factors of a matrix product.
 _ADDED = ("bias", "beta")
@@ -48,20 +51,74 @@ def uses_per_weight(layer, steps=1, outer=None) -> dict:
     return found
 
 
-def calls_per_layer(model) -> dict:
-    """How often each layer of a model is called, by `id(layer)`."""
-    counts: collections.Counter = collections.Counter()
-    layers = model.layers
-    if isinstance(model, keras.Function):
-        # Only the private nodes tell of a layer that is called more than once.
-        nodes = model._nodes_by_depth.values()
-        layers = [node.operation for level in nodes for node in level]
-    for layer in layers:
+def uses_in_model(model) -> dict:
+    """How often each weight of a model is multiplied, per sample, in all its calls.
+
+    Returns:
+        As `uses_per_weight`.
+    """
+    found: dict[int, list] = {id(w): [] for w in plain_weights(model)}
+    if not hasattr(model, "inputs"):  # a Sequential with layers that cannot be traced
+        return dict.fromkeys(found)
+    # Only the private nodes tell of every call of a layer, and of the sizes there.
+    graph = keras.Function(model.inputs, model.outputs)
+    for node in itertools.chain(*graph._nodes_by_depth.values()):
+        if isinstance(node.operation, keras.Layer):
+            arguments = node.arguments.args, node.arguments.kwargs
+            for key, uses in _uses_in_call(node.operation, *arguments).items():
+                found[key].append(uses)
+    return {key: None if None in uses else sum(uses) for key, uses in found.items()}
+
+
+def _uses_in_call(layer, args, kwargs):
+    if isinstance(layer, TransparentWrapper):
+        layer = layer.layer
+    weights = plain_weights(layer)
+    try:
+        sized = (
+            layer if _is_built_for(layer, args, kwargs) else _copy(layer, args, kwargs)
+        )
+        uses = uses_in_model(sized) if is_rewritable(sized) else uses_per_weight(sized)
+        pairs = zip(weights, plain_weights(sized), strict=True)
+        return {id(weight): uses[id(same)] for weight, same in pairs}
+    except Exception:  # a layer may be anything, and a report must not fail for it
+        return dict.fromkeys(map(id, weights))
+
+
+def _is_built_for(layer, args, kwargs):
+    """Whether `layer` was built for inputs of this size (or does not say for which)."""
+    if not layer.weights:
+        return True
+    if is_rewritable(layer):
+        built = [size for x in layer.inputs for size in x.shape]
+    else:
+        built = tree.flatten(layer.get_build_config() or {})
+    given = [
+        size
+        for x in tree.flatten((args, kwargs))
+        if isinstance(x, keras.KerasTensor)
+        for size in x.shape
+    ]
+    return given[: len(built)] == built
+
+
+def _copy(layer, args, kwargs):
+    """A layer of the same config as `layer`, built for inputs of this size."""
+    # Not the tensors of the model: they would keep the copy alive.
+    args, kwargs = tree.map_structure(
+        lambda x: (
+            keras.Input(batch_shape=x.shape, dtype=x.dtype)
+            if isinstance(x, keras.KerasTensor)
+            else x
+        ),
+        (args, kwargs),
+    )
+    with random_state_kept():
         if is_rewritable(layer):
-            counts.update(calls_per_layer(layer))
-        else:
-            counts[id(layer)] += 1
-    return counts
+            return keras.models.clone_model(layer, input_tensors=args[0])
+        copy = clone(layer)
+        copy(*args, **kwargs)
+    return copy
 
 
 def _uses(layer, weight, shape):

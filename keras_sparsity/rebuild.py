@@ -26,6 +26,19 @@ def clone(obj):
     return from_config(obj.get_config(), **({"safe_mode": False} if trusts else {}))
 
 
+@contextlib.contextmanager
+def random_state_kept():
+    """Leaves Python's generator, from which Keras draws the seeds of layers, alone.
+
+    The caller's own code may be in the middle of using it, as to shuffle its data.
+    """
+    state = random.getstate()
+    try:
+        yield
+    finally:
+        random.setstate(state)
+
+
 class Rebuilt:
     """`model` with `convert(layer)` in place of each of its layers.
 
@@ -52,17 +65,10 @@ class Rebuilt:
             for layer in walk(model)
             if not type(layer).__module__.startswith("keras.")
         }
-        # Keras draws the seeds of new layers from Python's generator, which the
-        # caller's own code may be in the middle of using, as to shuffle its data.
-        state = random.getstate()
-        try:
-            with keras.saving.custom_object_scope(classes), scope_of(model):
-                while not self._built(model):
-                    pass
-                # Scales are made when a penalty is computed first: now, in the scope.
-                _ = self.model.losses
-        finally:
-            random.setstate(state)
+        scope = keras.saving.custom_object_scope(classes)
+        with scope, scope_of(model), random_state_kept():
+            while not self._built(model):
+                pass
 
     def _built(self, model):
         """Whether the model could be built without the layers known to fail."""

@@ -97,6 +97,9 @@ class HALO(KernelPenalty):
     The scales' learning rate matters as much as `xi` and `psi`: see
     `keras_sparsity.SparsityOptimizer`. Weight decay must not reach them.
 
+    A layer of your own that gives its `add_weight` a HALO must also keep it as an
+    attribute, as Keras' layers do. Without, its scale is neither trained nor saved.
+
     Args:
         xi: Float >= 0, the pull on the weights. A sum over weights, not a mean:
             useful values are small, 1e-7 to 1e-6.
@@ -104,8 +107,9 @@ class HALO(KernelPenalty):
             settle sooner, and sparser.
         scale_decay: Float >= 0, weight decay of the scales as a term of the penalty,
             which is what the published code trains with (1e-4). Defaults to 0.
-        scale_floor: Float > 0, in units of the scale. Much lower, and a weight that
-            comes back throws its scale far up. Defaults to 1e-2.
+        scale_floor: Float in [1e-9, 1), in units of the scale. Much lower than the
+            default, and a weight that comes back throws its scale far up. Defaults to
+            1e-2.
         scale_ceiling: Float > 1, in units of the scale. Defaults to 10.
 
     Attributes:
@@ -142,7 +146,7 @@ class HALO(KernelPenalty):
         self.xi = check_number("xi", xi, at_least=0)
         self.psi = check_number("psi", psi, at_least=0)
         self.scale_decay = check_number("scale_decay", scale_decay, at_least=0)
-        self.scale_floor = check_number("scale_floor", scale_floor, above=0)
+        self.scale_floor = check_number("scale_floor", scale_floor, at_least=1e-9)
         self.scale_ceiling = check_number("scale_ceiling", scale_ceiling, above=1)
         if self.scale_floor >= 1:
             raise ValueError(

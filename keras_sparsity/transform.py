@@ -1,5 +1,6 @@
 """From a dense model to a sparse one, and from that to a plain one."""
 
+import collections.abc
 import functools
 import math
 
@@ -245,13 +246,15 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
 
     Args:
         model: A compiled Sequential or Functional `keras.Model`.
-        x, y: What `model.evaluate` takes.
+        x, y: What `model.evaluate` takes, but no generator: they are gone through once
+            for each sparsity.
         sparsities: Sequence of floats in [0, 1).
 
     Returns:
         A list of dicts, one for each sparsity: `"sparsity"` and the metrics.
 
     Raises:
+        TypeError: If `x` is a generator, or `sparsities` is no sequence.
         ValueError: If the model is not compiled; else as `prune`.
 
     Example:
@@ -266,6 +269,11 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
         raise ValueError(
             "Argument `model` of `pruning_curve` must be compiled with the metrics to "
             "compute. Received a model that is not compiled."
+        )
+    if isinstance(x, collections.abc.Iterator):
+        raise TypeError(
+            "Argument `x` must be arrays or a dataset, which every sparsity can be "
+            f"evaluated on. Received: x={x!r}, which the first one would use up."
         )
     if not np.iterable(sparsities):
         raise TypeError(

@@ -66,11 +66,13 @@ class LTP(SubstitutingWrapper):
         temperature: Float > 0, the width of the soft gate in units of `Var(|w|)`.
             Defaults to 1e-2.
         initial_threshold: Float >= 0, in `threshold_units`. Defaults to 0: nothing is
-            pruned at the start.
+            pruned at the start, but the soft gate is `sigmoid(w**2 / T)`, so in
+            training weights near zero count half from the first step on.
         threshold_units: `"variance"`: the threshold is `tau / Var(|w|)`, of which
             every layer can have the same and one learning rate serves all; or
-            `"absolute"`, the paper's: the threshold is `tau`. Defaults to
-            `"variance"`.
+            `"absolute"`, the paper's: the threshold is `tau`, whose gradient grows as
+            the spread of the weights falls; take `variables="kernel"` with it where
+            biases have rank 2 and start at zero (`GRU`). Defaults to `"variance"`.
         variables: Which weights to gate: `None` for every trainable weight of rank 2
             or more (some layers have biases of rank 2: `"kernel"` leaves them out), a
             regular expression that is searched in their names, or a predicate on the

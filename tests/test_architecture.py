@@ -17,9 +17,9 @@ PACKAGE = pathlib.Path(ks.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
 
 FLOORS = [
-    {"bounds", "checks", "handover", "macs", "record", "schedules"}
+    {"bounds", "checks", "handover", "record", "schedules"}
     | {"selection", "substitution"},
-    {"masks", "optimizers", "rebuild", "regularizers", "report", "wrappers"},
+    {"macs", "masks", "optimizers", "rebuild", "regularizers", "report", "wrappers"},
     {"transform"},
     {"trail"},
     {"__init__"},
@@ -28,8 +28,9 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 
 # Modules that may import one of their own floor.
 NEIGHBORS = {
-    ("macs", "selection"),
+    ("macs", "rebuild"),
     ("record", "checks"),
+    ("report", "macs"),
     ("schedules", "checks"),
     ("substitution", "selection"),
 }
@@ -42,7 +43,7 @@ PRIVATE = {
     ("bounds", "_use_weight_decay"): "which variables an optimizer decays",
     ("handover", "_version"): "torch: whether a tensor was changed in place",
     ("macs", "_layers"): "the layers in a layer that is no model",
-    ("macs", "_nodes_by_depth"): "which layers are called more than once",
+    ("macs", "_nodes_by_depth"): "every call of a layer, and the sizes there",
     ("optimizers", "_iterations"): "one count of steps for two optimizers",
     ("optimizers", "_model_variables_moving_average"): "the averages of two optimizers",
     ("selection", "_layers"): "the layers in a layer that is no model",

@@ -4,6 +4,7 @@ import functools
 import math
 
 import keras
+import numpy as np
 import pytest
 from keras import layers
 
@@ -198,6 +199,8 @@ class Odd(keras.Layer):
     """A custom layer with attributes that mean something else in Keras' layers."""
 
     kernel_size = 3
+    data_format = "json"
+    equation = "linear"
     cell = "prison"
 
     def __init__(self, **kwargs):
@@ -212,11 +215,55 @@ def test_a_custom_layer_never_fails_a_report():
     report(keras.Sequential([keras.Input((4,)), Odd()]))
 
 
+def test_macs_of_a_layer_that_cannot_be_traced_are_not_known():
+    class Untraceable(keras.Layer):
+        def call(self, inputs):
+            return inputs
+
+        def compute_output_spec(self, inputs):
+            raise NotImplementedError
+
+    model = keras.Sequential([layers.Dense(3), Untraceable()])
+    model(np.ones((2, 4), "float32"))
+    assert report(model).macs is None
+
+
 def test_a_layer_that_is_called_twice_works_twice():
     x = keras.Input((4,))
     dense, tower = layers.Dense(4), keras.Sequential([layers.Dense(4)])
     model = keras.Model(x, tower(tower(tower(dense(dense(x))))))
     assert report(model).macs == 2 * 16 + 3 * 16
+
+
+@pytest.mark.parametrize("wrap", [lambda v: v, functools.partial(LTP, l0=1e-6)])
+def test_each_call_counts_with_its_own_size(wrap):
+    x, longer = keras.Input((10, 2)), keras.Input((20, 2))
+    conv = wrap(layers.Conv1D(4, 3))
+    attention = wrap(layers.MultiHeadAttention(2, 4))
+    model = keras.Model(
+        [x, longer],
+        [conv(x), conv(longer), attention(x, x), attention(x, longer)],
+    )
+    heads = 2 * 2 * 4  # the size of each of four kernels: queries, keys, values, output
+    queries_and_output, keys_and_values = 2 * (10 + 10), 2 * (10 + 20)
+    expected = (8 + 18) * 3 * 2 * 4 + (queries_and_output + keys_and_values) * heads
+    assert report(model).macs == expected
+
+
+def test_each_call_of_a_model_counts_with_its_own_size():
+    inner = keras.Input((None, 2))
+    conv, sequential = layers.Conv1D(4, 3), keras.Sequential([layers.Dense(5)])
+    tower = keras.Model(inner, sequential(conv(inner)))
+    x, longer = keras.Input((10, 2)), keras.Input((20, 2))
+    model = keras.Model([x, longer], [tower(x), tower(longer), conv(longer)])
+    expected = (8 + 18 + 18) * 3 * 2 * 4 + (8 + 18) * 4 * 5
+    assert report(model).macs == expected
+
+
+def test_a_layer_built_elsewhere_counts_with_the_size_it_has_here():
+    conv = built(layers.Conv1D(4, 3), (10, 2))
+    model = keras.Sequential([keras.Input((20, 2)), conv])
+    assert report(model).macs == 18 * 3 * 2 * 4
 
 
 def test_element_wise_weights_multiply_once_per_value():

@@ -1,6 +1,7 @@
 """Scales and thresholds have a learning rate of their own; nothing else changes."""
 
 import math
+import re
 import zipfile
 
 import h5py
@@ -75,6 +76,12 @@ def descended(rates):
     """Scale and threshold after plain gradient descent, one step for each rate."""
     taken = [[r * g for g in gradients(k)[1:]] for k, r in enumerate(rates)]
     return [1 - sum(steps) for steps in zip(*taken, strict=True)]
+
+
+def test_the_documented_optimizers_are_those_tested_here():
+    documented = re.search(r"Tested as either: ([^.]*)", SparsityOptimizer.__doc__)
+    names = re.findall(r"\w+", documented[1].replace(" and ", " "))
+    assert names == [cls.__name__ for cls in OPTIMIZERS]
 
 
 @pytest.mark.parametrize("cls", OPTIMIZERS, ids=lambda cls: cls.__name__)

@@ -363,7 +363,8 @@ def test_bad_number_is_named(penalty, argument, value):
 
 
 @pytest.mark.parametrize(
-    "argument, value", [("scale_floor", 0), ("scale_floor", 1), ("scale_ceiling", 1)]
+    "argument, value",
+    [("scale_floor", 1e-25), ("scale_floor", 1), ("scale_ceiling", 1)],
 )
 def test_scale_starts_within_its_range(argument, value):
     with pytest.raises(ValueError, match=rf"Argument `{argument}` must be"):

@@ -281,6 +281,24 @@ def test_compressed_bytes_are_those_of_the_file(sparsity, tmp_path):
         assert ks.report(same).compressed_bytes == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize(
+    "stack",
+    [
+        [layers.Dense(3)],
+        [layers.Dense(8) for _ in range(10)],
+        [layers.Reshape((4, 4, 1)), layers.Conv2D(8, 3), layers.BatchNormalization()],
+    ],
+    ids=["one", "ten", "conv"],
+)
+@pytest.mark.parametrize("sparsity", [0.0, 0.9])
+def test_compressed_bytes_of_small_files(stack, sparsity, tmp_path):
+    stack = [type(layer).from_config(layer.get_config()) for layer in stack]
+    model = ks.prune(keras.Sequential([keras.Input((16,)), *stack]), sparsity)
+    model.save(tmp_path / "model.keras")
+    expected = deflated(tmp_path / "model.keras")
+    assert ks.report(model).compressed_bytes == pytest.approx(expected, rel=0.1)
+
+
 def test_a_report_changes_nothing():
     model = make_sparse()
     before = [values(v).copy() for v in model.variables]

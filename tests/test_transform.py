@@ -1129,6 +1129,32 @@ def test_pruning_curve_of_a_model_that_is_not_compiled_is_an_error():
         ks.pruning_curve(mlp(), features(2, 4), features(2, 3), [0.5])
 
 
+class Batches(keras.utils.PyDataset):
+    def __init__(self, x, y):
+        super().__init__()
+        self.x, self.y = x, y
+
+    def __len__(self):
+        return 2
+
+    def __getitem__(self, index):
+        return self.x[index::2], self.y[index::2]
+
+
+def test_pruning_curve_takes_a_dataset_but_no_generator():
+    model = mlp()
+    model.compile("sgd", "mse", metrics=["mae"], run_eagerly=True)
+    x, y = features(16, 4), features(16, 3)
+    expected = ks.pruning_curve(model, x, y, [0.5, 0.9])
+    received = ks.pruning_curve(model, Batches(x, y), sparsities=[0.5, 0.9])
+    for point, reference in zip(received, expected, strict=True):
+        assert point == pytest.approx(reference)
+    batches = ((x, y) for _ in range(2))
+    with pytest.raises(TypeError, match="`x` must be arrays or a dataset"):
+        ks.pruning_curve(model, batches, sparsities=[0.5, 0.9])
+    assert len(list(batches)) == 2
+
+
 @pytest.mark.parametrize("sparsities", [[0.5, 1.0], [-0.1], [np.nan], ["0.5"]])
 def test_pruning_curve_checks_its_sparsities(sparsities):
     model = mlp()
