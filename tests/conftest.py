@@ -1,6 +1,7 @@
 """What several test files need: seeds, gradients on every backend, stored arrays."""
 
 import io
+import tempfile
 import zipfile
 
 import h5py
@@ -8,6 +9,25 @@ import keras
 import numpy as np
 import pytest
 from keras import ops
+
+
+def pytest_configure(config):
+    """On JAX, makes compiling cheap: it takes most of the time of the tests.
+
+    A program is compiled once in a run, however many models have it, and with little
+    optimization, since most run only a few times.
+    """
+    if keras.backend.backend() == "jax":
+        import jax
+
+        # Not kept for the next run: JAX writes programs in place, and one that an
+        # interrupted run has cut would fail every test that reads it.
+        directory = tempfile.TemporaryDirectory()
+        config.add_cleanup(directory.cleanup)
+        jax.config.update("jax_compilation_cache_dir", directory.name)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+        jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+        jax.config.update("jax_disable_most_optimizations", True)
 
 
 @pytest.fixture(autouse=True)

@@ -180,5 +180,5 @@ def test_the_benchmark_compares_every_method_with_the_dense_step():
     rows = json.loads(line)["results"]["lenet_300_100"]
     assert [row.split()[0] for row in table[-4:]] == list(rows)
     assert rows["dense"]["over dense"] == 1
-    assert rows["ltp"]["exp / weight"] >= 1 > rows["dense"]["exp / weight"]
+    assert rows["dense"]["exp / weight"] < 1 <= rows["ltp"]["exp / weight"] < 2
     assert rows["halo"]["operations"] > rows["dense"]["operations"]

@@ -1,7 +1,6 @@
 """LTP, its masked companions and Penalized, against formulas in float64."""
 
 import functools
-import re
 
 import keras
 import numpy as np
@@ -177,64 +176,6 @@ def test_temperature_follows_the_kernel_in_absolute_units():
         np.testing.assert_allclose(
             array(wrapped(EYE, training=True)), w * soft, rtol=1e-4, atol=1e-7
         )
-
-
-def _count(kernel_shape, step, variables):
-    """How often one training step computes a sigmoid of the shape of a kernel."""
-    backend = keras.backend.backend()
-    if backend == "torch":
-        from torch.utils._python_dispatch import TorchDispatchMode
-
-        shapes = []
-
-        class Recorder(TorchDispatchMode):
-            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-                if str(function).startswith("aten.sigmoid."):
-                    shapes.append(tuple(args[0].shape))
-                return function(*args, **(kwargs or {}))
-
-        with Recorder():
-            step().backward()
-        return shapes.count(kernel_shape)
-    if backend == "jax":
-        import jax
-
-        def stateless(values):
-            with keras.StatelessScope(list(zip(variables, values, strict=True))):
-                return step()
-
-        values = [v.value for v in variables]
-        lowered = jax.jit(jax.value_and_grad(stateless)).lower(values)
-        program = lowered.compile().as_text()
-    else:
-        import tensorflow as tf
-
-        @tf.function(jit_compile=True)
-        def compiled_step():
-            with tf.GradientTape() as tape:
-                loss = step()
-            return loss, tape.gradient(loss, [v.value for v in variables])
-
-        program = compiled_step.experimental_get_compiler_ir()(stage="optimized_hlo")
-    shape = ",".join(map(str, kernel_shape))
-    return len(
-        re.findall(rf"= f32\[{shape}\]\S* (?:logistic|exponential|tanh)\(", program)
-    )
-
-
-def test_gate_is_computed_once_per_step():
-    wrapped = ltp()
-    x = ops.convert_to_tensor(X)
-
-    def task():
-        return ops.mean(ops.square(wrapped(x, training=True)))
-
-    def loss():
-        return task() + sum(wrapped.losses)
-
-    count = functools.partial(_count, W.shape, variables=wrapped.trainable_variables)
-    assert count(task) == 1
-    assert count(loss) == 1
 
 
 # The guards of LTP.
