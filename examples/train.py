@@ -171,19 +171,27 @@ def devices():
         )
     match FLAGS.strategy:
         case "mirrored":
-            import tensorflow as tf
-
+            tf = quiet_tensorflow()
             # By name, since TensorFlow by itself takes one device where none is a GPU.
             kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
             names = [device.name for device in tf.config.list_logical_devices(kind)]
             return tf.distribute.MirroredStrategy(names).scope()
         case "multi_worker":
+            quiet_tensorflow()
             from keras_sparsity.distribution import MultiWorkerMirroredStrategy
 
             return MultiWorkerMirroredStrategy().scope()
         case "data_parallel":
             return keras.distribution.DataParallel().scope()
     return contextlib.nullcontext()
+
+
+def quiet_tensorflow():
+    """TensorFlow without a line for every reduction over the replicas."""
+    import tensorflow as tf
+
+    tf.get_logger().setLevel("WARNING")
+    return tf
 
 
 def run():
@@ -237,8 +245,9 @@ def run():
     record(output / "results.jsonl", results, time.monotonic() - began)
     print(f"\n{ks.report(sparse)}\n")
     print_table(results)
-    written = f"sparse.keras (plain Keras), {trails.relative_to(output)}/trail"
-    print(f"\nWritten to {output}/: {written}, trail.png, results.jsonl")
+    folder = (trails / "trail").relative_to(output)
+    written = f"sparse.keras (plain Keras), {folder}/, trail.png, results.jsonl"
+    print(f"\nWritten to {output}/: {written}")
 
 
 def fill_defaults():

@@ -1,5 +1,7 @@
 """Prune Keras 3 models while they train: learned scales and learned thresholds."""
 
+import importlib
+
 from keras_sparsity.masks import KeepZeros, MagnitudePruning
 from keras_sparsity.optimizers import SparsityOptimizer
 from keras_sparsity.record import Trail
@@ -32,3 +34,9 @@ __all__ = [
     "report",
     "sparsify",
 ]
+
+
+def __getattr__(name):
+    if name == "distribution":  # not above, since it needs TensorFlow
+        return importlib.import_module("keras_sparsity.distribution")
+    raise AttributeError(f"module 'keras_sparsity' has no attribute '{name}'")
