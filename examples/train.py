@@ -64,6 +64,13 @@ flags.DEFINE_enum(
     "says (TensorFlow); data_parallel (JAX).",
 )
 
+flags.DEFINE_integer(
+    "virtual_devices",
+    None,
+    "Split the CPU into as many devices, to try a strategy without GPUs.",
+    lower_bound=1,
+)
+
 flags.DEFINE_string(
     "dataset",
     "digits",
@@ -172,16 +179,26 @@ def devices():
     match FLAGS.strategy:
         case "mirrored":
             tf = quiet_tensorflow()
+            if FLAGS.virtual_devices:
+                cpu, *_ = tf.config.list_physical_devices("CPU")
+                parts = [tf.config.LogicalDeviceConfiguration()] * FLAGS.virtual_devices
+                tf.config.set_logical_device_configuration(cpu, parts)
             # By name, since TensorFlow by itself takes one device where none is a GPU.
             kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
             names = [device.name for device in tf.config.list_logical_devices(kind)]
-            return tf.distribute.MirroredStrategy(names).scope()
+            if len(names) > 1:
+                return tf.distribute.MirroredStrategy(names).scope()
+            print("There is one device: no strategy is needed.")
         case "multi_worker":
             quiet_tensorflow()
             from keras_sparsity.distribution import MultiWorkerMirroredStrategy
 
             return MultiWorkerMirroredStrategy().scope()
         case "data_parallel":
+            if FLAGS.virtual_devices:
+                import jax
+
+                jax.config.update("jax_num_cpu_devices", FLAGS.virtual_devices)
             return keras.distribution.DataParallel().scope()
     return contextlib.nullcontext()
 
@@ -206,6 +223,8 @@ def run():
         validation=FLAGS.validation_split,
         seed=FLAGS.seed,
     )
+    if FLAGS.strategy == "data_parallel":
+        data = evenly(data, len(keras.distribution.list_devices()))
     model = networks.build(FLAGS.model, data.train[0].shape[1:], data.classes)
     output = pathlib.Path(FLAGS.output)
     together = FLAGS.resume or FLAGS.strategy == "multi_worker"
@@ -248,6 +267,22 @@ def run():
     folder = (trails / "trail").relative_to(output)
     written = f"sparse.keras (plain Keras), {folder}/, trail.png, results.jsonl"
     print(f"\nWritten to {output}/: {written}")
+
+
+def evenly(data, devices):
+    """Every set without the few last images that JAX cannot share out evenly."""
+    if FLAGS.batch_size % devices:
+        raise app.UsageError(
+            f"--batch_size must be a multiple of the {devices} devices. "
+            f"Received: {FLAGS.batch_size}"
+        )
+
+    def cut(images, labels):
+        count = len(images) // devices * devices
+        return images[:count], labels[:count]
+
+    sets = (cut(*pair) for pair in (data.train, data.validation, data.test))
+    return data_sets.Data(*sets, data.classes)
 
 
 def fill_defaults():

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -141,7 +142,7 @@ def test_the_main_job_writes_what_it_says(run, tmp_path, capsys):
     assert results["sparse"]["sparsity"] == pytest.approx(zeros(model)) != 0
     assert f"{accuracy:.2%}" in capsys.readouterr().out
     assert (tmp_path / "trail.png").stat().st_size > 0
-    assert len(list(tmp_path.glob("trail-*/*.keras"))) > 0
+    assert len(list(tmp_path.glob("*/trail/*.keras"))) > 0
     assert results["curve"][0]["sparsity"] == 0.5
 
 
@@ -167,6 +168,33 @@ def test_fine_tuning_keeps_the_zeros(run, tmp_path):
     run("--method=l1", "--model=lenet_300_100", "--epochs=1", "--finetune_epochs=1")
     model = keras.saving.load_model(tmp_path / "sparse.keras")
     assert zeros(model) == pytest.approx(0.9, abs=1e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_finished_by_the_same_command(tmp_path):
+    def start(output):
+        flags = ["--resume", "--pretrain_epochs=2", "--epochs=3", "--finetune_epochs=1"]
+        command = [sys.executable, EXAMPLES / "train.py", *flags, f"--output={output}"]
+        environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+        return subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait(300) == 0
+    # Once in the dense training, and once in the training with the method.
+    for phase in ("dense", "trail"):
+        killed = start(tmp_path / "cut")
+        while not (tmp_path / "cut" / phase / "trail.jsonl").exists():
+            assert killed.poll() is None
+            time.sleep(0.02)
+        killed.kill()
+        killed.wait()
+    assert start(tmp_path / "cut").wait(300) == 0
+
+    whole, cut = (
+        keras.saving.load_model(tmp_path / name / "sparse.keras").get_weights()
+        for name in ("whole", "cut")
+    )
+    for a, b in zip(whole, cut, strict=True):
+        np.testing.assert_array_equal(a, b)
 
 
 def test_the_benchmark_compares_every_method_with_the_dense_step():
