@@ -253,16 +253,17 @@ class SparsityTrail(keras.callbacks.Callback):
         # must take part in reading them; but the chief alone writes.
         kept = latest not in self._dropped_epochs()
         small = finalize(self.model) if kept else None
-        state = training_state(self.model) if self.resume else None
+        state: dict[str, Any] = training_state(self.model) if self.resume else {}
         if not is_chief(self.model):
             return
         if small is not None:
             with written_whole(self._points()[-1].path) as path:
                 small.save(path)
-        if state is not None:
-            record = np.array(json.dumps([self._header, *self._records]))
+        if state:
+            state["epoch"] = epoch + 1
+            state["record"] = json.dumps([self._header, *self._records])
             with written_whole(self.directory / "state.npz") as path:
-                np.savez(path, epoch=epoch + 1, record=record, **state)
+                np.savez(path, **state)
         self._write_record()
 
     def _write_record(self):

@@ -17,8 +17,8 @@ PACKAGE = pathlib.Path(ks.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
 
 FLOORS = [
-    {"bounds", "checks", "handover", "record", "schedules"}
-    | {"selection", "substitution"},
+    {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
+    | {"schedules", "selection", "state", "substitution"},
     {"macs", "masks", "optimizers", "rebuild", "regularizers", "report", "wrappers"},
     {"transform"},
     {"trail"},
@@ -32,11 +32,15 @@ NEIGHBORS = {
     ("record", "checks"),
     ("report", "macs"),
     ("schedules", "checks"),
+    ("state", "replicas"),
     ("substitution", "selection"),
 }
 
 # What is imported only inside the function that uses it.
-WHERE_USED = {"h5py", "matplotlib", "pandas"}
+WHERE_USED = {"h5py", "jax", "matplotlib", "pandas", "torch"}
+
+# Modules that the package imports when they are asked for, and what they need.
+OPTIONAL = {"distribution": {"tensorflow"}}
 
 # Private attributes of Keras and of torch, where nothing public serves.
 PRIVATE = {
@@ -49,6 +53,7 @@ PRIVATE = {
     ("selection", "_layers"): "the layers in a layer that is no model",
     ("selection", "_trainable_variables"): "what a frozen layer would train",
     ("substitution", "_clear_losses"): "losses of a call that are counted elsewhere",
+    ("trail", "_initial_epoch"): "the epoch at which `fit` begins",
     ("transform", "_compile_config"): "losses and metrics that are not registered",
 }
 PRIVATE_MODULES = {
@@ -113,11 +118,11 @@ def test_imports_go_down_the_floors():
 def test_the_package_needs_keras_and_numpy_only():
     known = {"keras", "numpy", "keras_sparsity"} | sys.stdlib_module_names
     for module, tree in TREES.items():
-        assert {name.split(".")[0] for name in imports(top_level(tree))} <= known, (
-            module
-        )
+        allowed = known | OPTIONAL.get(module, set())
+        first = {name.split(".")[0] for name in imports(top_level(tree))}
+        assert first <= allowed, module
         anywhere = {name.split(".")[0] for name in imports(tree)}
-        assert anywhere <= known | WHERE_USED, module
+        assert anywhere <= allowed | WHERE_USED, module
 
 
 def test_private_parts_of_keras_are_used_where_they_are_listed():
@@ -151,6 +156,18 @@ def test_public_names_are_documented(name):
     doc = inspect.getdoc(getattr(ks, name))
     assert doc.splitlines()[0].endswith(".")
     assert "Attributes:" in doc or ("Args:" in doc and "Example:" in doc)
+
+
+def test_distribution_is_imported_when_asked_for():
+    if importlib.util.find_spec("tensorflow") is None:
+        with pytest.raises(ImportError, match=r'"keras-sparsity\[tensorflow\]"'):
+            ks.distribution  # noqa: B018
+    else:
+        assert ks.distribution.MultiWorkerMirroredStrategy.__module__.startswith(
+            "keras"
+        )
+    with pytest.raises(AttributeError, match="no attribute 'distributions'"):
+        ks.distributions  # noqa: B018
 
 
 def test_what_a_model_stores_is_registered():

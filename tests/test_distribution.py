@@ -127,7 +127,7 @@ def test_two_workers_equal_one_device(results, method):
 def test_finalized_models_predict_the_same(results, method):
     for result in [results["one"], results["two"]]:
         predicted = result[f"{method}/predict"]
-        assert predicted.shape == (35, 3)
+        assert predicted.shape == (36, 3)
         np.testing.assert_allclose(
             result[f"{method}/finalized"], predicted, rtol=1e-6, atol=1e-6
         )
