@@ -26,7 +26,8 @@ class Batches(keras.utils.PyDataset):
     """Batches of arrays, in an order that is a function of the seed and the epoch.
 
     A training that goes on at a later epoch meets the order that it would have met.
-    The callback `follow` must be given to `fit`: it says which epoch it is.
+    `fit` must be given the callback `follow`, which says which epoch it is, and
+    `shuffle=False`, or Keras shuffles the batches once more.
     """
 
     def __init__(self, x, y, batch_size, seed):

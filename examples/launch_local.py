@@ -4,7 +4,8 @@
 
 What stands after `--` goes to each of them, `--strategy=multi_worker` is added. Their
 output is passed on, every line with the number of its worker. When one fails, or on
-Ctrl-C, all are ended.
+Ctrl-C, all are ended. It is meant for a machine without GPUs: a worker takes all that
+it sees, and `--strategy=mirrored` uses those of one machine better.
 
 On several machines start `train.py --strategy=multi_worker` on each of them, with the
 same flags and a `TF_CONFIG` that differs in its index, as `worker_config` makes it.
@@ -47,6 +48,7 @@ def main(argv):
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,
                 text=True,
+                errors="replace",
             )
             workers.append(worker)
             threading.Thread(target=pass_on, args=(index, worker)).start()

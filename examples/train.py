@@ -336,7 +336,8 @@ def fit(model, data, epochs, phase, trail):
     if keras.backend.backend() == "tensorflow":
         # Its own order of arrays cannot be taken up again after a kill.
         batches = data_sets.Batches(*data.train, FLAGS.batch_size, FLAGS.seed)
-        model.fit(batches, callbacks=[batches.follow, *callbacks], **arguments)
+        callbacks = [batches.follow, *callbacks]
+        model.fit(batches, callbacks=callbacks, shuffle=False, **arguments)
     else:
         batch_size = FLAGS.batch_size
         model.fit(*data.train, batch_size, callbacks=callbacks, **arguments)

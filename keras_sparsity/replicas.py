@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+from keras import ops
 
 
 def scope_of(model):
@@ -20,9 +21,25 @@ def is_chief(model):
         import jax
 
         return jax.process_index() == 0
+    resolver = _cluster(model)
+    if resolver is None:
+        return True
+    first = "chief" if "chief" in resolver.cluster_spec().jobs else "worker"
+    return (resolver.task_type, resolver.task_id) == (first, 0)
+
+
+def all_workers_have(model, number):
+    """Waits for the other workers of `model`: whether their `number` is this one's."""
+    if _cluster(model) is None:
+        return True
+    strategy = model.distribute_strategy
+    numbers = strategy.run(lambda: ops.convert_to_tensor(float(number)))
+    total = strategy.reduce("SUM", numbers, axis=None)
+    return float(total) == number * strategy.num_replicas_in_sync
+
+
+def _cluster(model):
+    """The `ClusterResolver` of the workers that train `model`; `None` with one."""
     strategy = getattr(model, "distribute_strategy", None)
     resolver = getattr(strategy, "cluster_resolver", None)
-    if resolver is None or not (jobs := resolver.cluster_spec().jobs):
-        return True
-    first = "chief" if "chief" in jobs else "worker"
-    return (resolver.task_type, resolver.task_id) == (first, 0)
+    return resolver if resolver is not None and resolver.cluster_spec().jobs else None

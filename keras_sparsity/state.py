@@ -29,8 +29,9 @@ def restore_training_state(model, state):
     Raises:
         ValueError: If the state has other variables, before anything is changed.
     """
-    with scope_of(model):
-        model.optimizer.build(model.trainable_variables)
+    if not model.optimizer.built:
+        with scope_of(model):
+            model.optimizer.build(model.trainable_variables)
     variables = _variables(model)
     kinds = {name: tuple(variable.shape) for name, variable in variables.items()}
     found = {k: v.shape for k, v in state.items() if k.startswith(("model", "optim"))}

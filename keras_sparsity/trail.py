@@ -16,7 +16,7 @@ from keras import ops
 
 from keras_sparsity.files import written_whole
 from keras_sparsity.record import FORMAT, pareto_front, read_lines, read_points
-from keras_sparsity.replicas import is_chief
+from keras_sparsity.replicas import all_workers_have, is_chief
 from keras_sparsity.selection import (
     Governed,
     full_precision,
@@ -132,6 +132,12 @@ class SparsityTrail(keras.callbacks.Callback):
         self._header, self._records = lines[0], lines[1:]
         if self.resume:
             self._resume()
+        if not all_workers_have(self.model, len(self._records)):
+            raise ValueError(
+                "Argument `directory` must be one that all workers see. Received: "
+                f"directory='{self.directory}', which holds other records than that "
+                "of another worker."
+            )
         earlier = self._records[-1]["seconds"] if self._records else 0.0
         self._began = time.monotonic() - earlier
         # On TensorFlow a model may be built by its first batch only.
@@ -155,6 +161,11 @@ class SparsityTrail(keras.callbacks.Callback):
 
     def _resume(self):
         """Goes on from the state in the directory, if there is one."""
+        if not self.model.built:
+            raise ValueError(
+                "A model must be built before its training can be resumed: give it a "
+                "`keras.Input`, or call it on data first."
+            )
         path = self.directory / "state.npz"
         if not path.exists():
             if self._records:
@@ -164,19 +175,22 @@ class SparsityTrail(keras.callbacks.Callback):
                     "was recorded without `resume=True`."
                 )
             return
-        if not self.model.built:
-            raise ValueError(
-                "A model must be built before its training can be resumed: give it a "
-                "`keras.Input`, or call it on data first."
-            )
         _ = self.model.losses
         try:
             with path.open("rb") as file, np.load(file) as arrays:
                 state = dict(arrays)
-        except (OSError, ValueError, zipfile.BadZipFile) as error:
+        except (ValueError, zipfile.BadZipFile) as error:
             raise ValueError(f"'{path}' is damaged: {error}") from error
         # The state is written before the record, so it may be one epoch ahead.
+        recorded = len(self._records)
         self._header, *self._records = json.loads(str(state.pop("record")))
+        if len(self._records) < recorded:
+            raise ValueError(
+                "Argument `directory` must be new or hold the state of a training "
+                f"to resume. Received: directory='{self.directory}', a trail with "
+                f"{recorded} epochs, the last ones recorded without `resume=True`: "
+                f"its state is that of epoch {len(self._records)}."
+            )
         self._claim_directory(_counted_weights(self.model))
         try:
             restore_training_state(self.model, state)
@@ -195,6 +209,8 @@ class SparsityTrail(keras.callbacks.Callback):
 
     def on_train_end(self, logs=None):
         self.model._initial_epoch = None
+        # What the chief has written is there for all when `fit` returns.
+        all_workers_have(self.model, len(self._records))
 
     def on_epoch_end(self, epoch, logs=None):
         metrics = {k: float(v) for k, v in logs.items() if isinstance(v, numbers.Real)}
@@ -249,17 +265,17 @@ class SparsityTrail(keras.callbacks.Callback):
         is behind the record.
         """
         latest = len(self._records)
-        # Where replicas have values of their own, as of batch statistics, all workers
-        # must take part in reading them; but the chief alone writes.
+        # All workers must take part in making variables, those of the plain model; but
+        # the chief alone writes.
         kept = latest not in self._dropped_epochs()
         small = finalize(self.model) if kept else None
-        state: dict[str, Any] = training_state(self.model) if self.resume else {}
         if not is_chief(self.model):
             return
         if small is not None:
             with written_whole(self._points()[-1].path) as path:
                 small.save(path)
-        if state:
+        if self.resume:
+            state: dict[str, Any] = training_state(self.model)
             state["epoch"] = epoch + 1
             state["record"] = json.dumps([self._header, *self._records])
             with written_whole(self.directory / "state.npz") as path:

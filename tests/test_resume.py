@@ -37,6 +37,8 @@ PROCESSES.set_forkserver_preload(["keras", "keras_sparsity"])
 def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
     """The same command each time: everything follows from the seed."""
     keras.utils.set_random_seed(0)
+    method, _, policy = method.partition(", ")
+    keras.config.set_dtype_policy(policy or "float32")
     model = keras.Sequential(
         [
             keras.Input((6,)),
@@ -117,7 +119,7 @@ def train_and_die(directory, method, epoch, batch):
     train(directory, method, callbacks=[KillAt(epoch, batch)])
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "LTP, mixed_float16"])
 def test_killed_in_the_middle_of_an_epoch(tmp_path, method):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected, _ = train(whole, method)
@@ -247,6 +249,15 @@ def test_trail_without_a_state_is_refused(tmp_path):
     (tmp_path / "state.npz").unlink()
     with pytest.raises(ValueError, match="recorded without `resume=True`"):
         train(tmp_path)
+
+
+def test_records_without_a_state_are_not_lost(tmp_path):
+    train(tmp_path, epochs=1)
+    lines = (tmp_path / "trail.jsonl").read_text()
+    (tmp_path / "trail.jsonl").write_text(lines + lines.splitlines()[-1] + "\n")
+    with pytest.raises(ValueError, match="a trail with 2 epochs.*that of epoch 1"):
+        train(tmp_path)
+    assert len(record(tmp_path)) == 3
 
 
 def test_damaged_state_is_refused(tmp_path):
