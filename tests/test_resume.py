@@ -34,6 +34,18 @@ PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["keras", "keras_sparsity"])
 
 
+@pytest.fixture(autouse=True)
+def _children_compile_alike(monkeypatch):
+    """As conftest.py has it: with other optimizations JAX rounds otherwise."""
+    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+
+
+@pytest.fixture(autouse=True)
+def _policy_restored():
+    yield
+    keras.config.set_dtype_policy("float32")
+
+
 def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
     """The same command each time: everything follows from the seed."""
     keras.utils.set_random_seed(0)
