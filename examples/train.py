@@ -232,7 +232,8 @@ def run():
     if not is_chief(model):
         # Workers compute everything together, and the first one's files are kept.
         FLAGS.verbose = "0"
-        output = pathlib.Path(tempfile.mkdtemp())
+        scratch = tempfile.TemporaryDirectory()
+        output = pathlib.Path(scratch.name)
     output.mkdir(parents=True, exist_ok=True)
 
     if FLAGS.pretrain_epochs:
@@ -240,7 +241,8 @@ def run():
     dense = ks.finalize(model)  # a copy
     if FLAGS.method != "dense":
         model = ks.sparsify(model, method(step_count(data, FLAGS.epochs)))
-    fit(model, data, FLAGS.epochs, f"method {FLAGS.method}", trails / "trail")
+    phase = f"method {FLAGS.method}"
+    fit(model, data, FLAGS.epochs, phase, trails / "trail", keep="pareto")
     sparse = pick(model, trails / "trail")
     if FLAGS.finetune_epochs:
         sparse = ks.sparsify(sparse, ks.KeepZeros)
@@ -303,7 +305,7 @@ def step_count(data, epochs):
     return epochs * math.ceil(len(data.train[0]) / FLAGS.batch_size)
 
 
-def fit(model, data, epochs, phase, trail):
+def fit(model, data, epochs, phase, trail, keep="none"):
     """Compiles and trains `model`; the schedule spans exactly these epochs."""
     if is_chief(model):
         print(f"\n{phase.capitalize()}: {epochs} epochs")
@@ -326,7 +328,6 @@ def fit(model, data, epochs, phase, trail):
         metrics=["accuracy"],
         jit_compile={"true": True, "false": False}.get(FLAGS.jit_compile, "auto"),
     )
-    keep = "pareto" if trail.name == "trail" else "none"
     callbacks = [ks.SparsityTrail(trail, keep=keep, resume=FLAGS.resume)]
     arguments = {
         "epochs": epochs,

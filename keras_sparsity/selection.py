@@ -246,14 +246,14 @@ def check_filters(filters: Filters) -> None:
         valid = all(isinstance(pattern, str) for pattern in patterns)
     else:
         valid = filters is None or callable(filters)
-    if valid and isinstance(patterns, Sequence):
-        for pattern in patterns:
-            check_regex("filters", pattern)
     if not valid:
         raise TypeError(
             "Argument `filters` must be None, a regex, a list of regexes, or a "
             f"callable of a layer. Received: filters={filters!r}"
         )
+    if isinstance(patterns, Sequence):
+        for pattern in patterns:
+            check_regex("filters", pattern)
 
 
 def matches(layer, filters: Filters) -> bool:

@@ -5,9 +5,9 @@ import random
 
 import keras
 import numpy as np
-from keras import ops
 
 from keras_sparsity.replicas import scope_of
+from keras_sparsity.selection import to_array
 
 
 def training_state(model) -> dict[str, np.ndarray]:
@@ -18,7 +18,7 @@ def training_state(model) -> dict[str, np.ndarray]:
     and torch, which the order of shuffled arrays is drawn from.
     """
     return {
-        **{name: _to_array(variable) for name, variable in _variables(model).items()},
+        **{name: _storable(variable) for name, variable in _variables(model).items()},
         **_generators(),
     }
 
@@ -62,8 +62,8 @@ def _variables(model):
     }
 
 
-def _to_array(variable):
-    array = ops.convert_to_numpy(variable)
+def _storable(variable):
+    array = to_array(variable)
     # The types of machine learning, as bfloat16, are unknown to NumPy's files.
     return array.astype("float32") if array.dtype.kind == "V" else array
 

@@ -56,9 +56,12 @@ class SparsityTrail(keras.callbacks.Callback):
     recorded, and ends with the weights and the trail of a run that was never killed.
     The state is that of the model, of its optimizer (learning rate, slots, scales'
     and thresholds' own), of seed generators, and of the random generators of Python,
-    NumPy and torch. Two things are not in it. One is the order in which TensorFlow
-    shuffles: there, give `fit` data whose order is a function of the epoch, or
-    `shuffle=False`. The other is what callbacks remember, as `EarlyStopping` does.
+    NumPy and torch (on the CPU). Not in it are the random operations of TensorFlow,
+    such as the order in which `fit` shuffles arrays there (give it data whose order is
+    a function of the epoch, or `shuffle=False`); layers outside of the model; random
+    numbers that are drawn without a seed or a `SeedGenerator`; what other callbacks
+    remember, as `EarlyStopping` does; and of batch statistics that every replica has
+    for itself all but the first's (`BatchNormalization(synchronized=True)` has one).
 
     Args:
         directory: Path of the directory to write to. It is made if it does not exist.
@@ -264,15 +267,15 @@ class SparsityTrail(keras.callbacks.Callback):
         In this order a kill leaves no record without its checkpoint, and no state that
         is behind the record.
         """
-        latest = len(self._records)
+        points = self._points()
+        *_, latest = points
         # All workers must take part in making variables, those of the plain model; but
         # the chief alone writes.
-        kept = latest not in self._dropped_epochs()
-        small = finalize(self.model) if kept else None
+        small = finalize(self.model) if latest in self._kept(points) else None
         if not is_chief(self.model):
             return
         if small is not None:
-            with written_whole(self._points()[-1].path) as path:
+            with written_whole(latest.path) as path:
                 small.save(path)
         if self.resume:
             state: dict[str, Any] = training_state(self.model)
@@ -286,24 +289,23 @@ class SparsityTrail(keras.callbacks.Callback):
         with written_whole(self.directory / "trail.jsonl") as path:
             lines = [json.dumps(line) for line in (self._header, *self._records)]
             path.write_text("\n".join([*lines, ""]))
-        dropped = self._dropped_epochs()
-        for point in self._points():
-            if point.epoch in dropped:
+        points = self._points()
+        kept = self._kept(points)
+        for point in points:
+            if point not in kept:
                 point.path.unlink(missing_ok=True)
 
     def _points(self):
         return read_points(self.directory, self._header, self._records)
 
-    def _dropped_epochs(self):
-        """The epochs whose checkpoint is not to be kept."""
+    def _kept(self, points):
+        """Those of `points` whose checkpoint is to be kept."""
         match self.keep:
             case "all":
-                kept = self._points()
+                return points
             case "pareto":
-                kept = pareto_front(self._points(), self.mode)
-            case _:
-                kept = []
-        return {p.epoch for p in self._points()} - {p.epoch for p in kept}
+                return pareto_front(points, self.mode)
+        return []
 
 
 def _direction(monitor):

@@ -182,8 +182,7 @@ def finalize(model, keep_zeros=False):
     }
     kept: set[int] = set()
     if keep_zeros:
-        zeros = {id(w) for w in prunable(model) if not to_array(w).all()}
-        kept = set(values) or zeros
+        kept = set(values) or {id(w) for w in prunable(model) if not to_array(w).all()}
         if not kept:
             raise ValueError(
                 "Argument `keep_zeros=True` needs zeros to keep. Received a model "
@@ -238,6 +237,7 @@ def prune(model, sparsity, scope="global", filters=None):
             f'Argument `scope` must be "global" or "layer". Received: scope={scope!r}'
         )
     check_filters(filters)
+    check_weights(model)
     return _plain(model, pruned_values(model, sparsity, scope, filters))
 
 
@@ -281,6 +281,7 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
             f"sparsities={sparsities!r}"
         )
     sparsities = [check_sparsity("sparsities", sparsity) for sparsity in sparsities]
+    check_weights(model)
     values = [pruned_values(model, sparsity) for sparsity in sparsities]
     small = _plain(model, {})
     # The public way goes through a file's form, and so fails for a loss or a metric
@@ -316,7 +317,6 @@ def _check(model, function):
 
 def pruned_values(model, sparsity, scope="global", filters=None):
     """`{id(variable): array}` of the selected weights of `model`, pruned."""
-    check_weights(model)
     governed = {id(g.variable): g for g in governed_weights(model)}
     selected = [layer for layer in leaves(model) if matches(layer, filters)]
     if not selected:

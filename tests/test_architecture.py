@@ -33,6 +33,7 @@ NEIGHBORS = {
     ("report", "macs"),
     ("schedules", "checks"),
     ("state", "replicas"),
+    ("state", "selection"),
     ("substitution", "selection"),
 }
 

@@ -4,7 +4,6 @@ import json
 import os
 import pathlib
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -14,6 +13,11 @@ import numpy as np
 import pytest
 
 import keras_sparsity as ks
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import launch_local  # noqa: E402
 
 BACKEND = keras.backend.backend()
 SCRIPT = pathlib.Path(__file__).with_name("distributed_training.py")
@@ -43,21 +47,11 @@ def start(setting, **environment):
 
 
 def start_workers(settings):
-    sockets = [socket.socket() for _ in settings]
-    for each in sockets:
-        each.bind(("127.0.0.1", 0))
-    addresses = [f"127.0.0.1:{each.getsockname()[1]}" for each in sockets]
-    for each in sockets:
-        each.close()
+    addresses = launch_local.free_addresses(len(settings))
     return [
         start(
             {"devices": 1, **setting},
-            TF_CONFIG=json.dumps(
-                {
-                    "cluster": {"worker": addresses},
-                    "task": {"type": "worker", "index": index},
-                }
-            ),
+            TF_CONFIG=launch_local.worker_config(addresses, index),
         )
         for index, setting in enumerate(settings)
     ]
@@ -188,9 +182,8 @@ def test_chief_alone_writes(tmp_path):
 
 
 def launch(*arguments):
-    script = pathlib.Path(__file__).parents[1] / "examples" / "launch_local.py"
     return subprocess.Popen(
-        [sys.executable, str(script), *arguments],
+        [sys.executable, launch_local.__file__, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

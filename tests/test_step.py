@@ -1,6 +1,8 @@
 """What a whole training step computes, counted in the program of the step."""
 
+import pathlib
 import re
+import sys
 
 import keras
 import numpy as np
@@ -8,6 +10,11 @@ import pytest
 from keras import layers
 
 import keras_sparsity as ks
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES / "benchmarks"))
+
+import programs  # noqa: E402
 
 BACKEND = keras.backend.backend()
 X = np.random.default_rng(0).normal(size=(16, 4)).astype("float32")
@@ -22,16 +29,7 @@ def sigmoids_in_hlo(program):
 
 
 def sigmoids_on_jax(model):
-    import jax
-
-    groups = (
-        model.trainable_variables,
-        model.non_trainable_variables,
-        model.optimizer.variables,
-        model.metrics_variables,
-    )
-    state = [[variable.value for variable in group] for group in groups]
-    program = jax.jit(model.train_step).lower(state, (X, Y)).compile()
+    program, _ = programs.compiled_step(model, X, Y)
     return sigmoids_in_hlo(program.as_text())
 
 

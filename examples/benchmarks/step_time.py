@@ -28,6 +28,7 @@ import sys
 import time
 
 import keras
+import programs
 from absl import app, flags, logging
 
 import keras_sparsity as ks
@@ -155,16 +156,7 @@ def time_in_turns(steps):
 
 
 def jax_step(model, x, y):
-    import jax
-
-    groups = (
-        model.trainable_variables,
-        model.non_trainable_variables,
-        model.optimizer.variables,
-        model.metrics_variables,
-    )
-    state = [[variable.value for variable in group] for group in groups]
-    program = jax.jit(model.train_step).lower(state, (x, y)).compile()
+    program, state = programs.compiled_step(model, x, y)
     costs = hlo_costs(program.as_text())
     analysis = program.cost_analysis()
     costs["MB accessed"] = analysis["bytes accessed"] / 1e6
