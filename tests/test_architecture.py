@@ -19,7 +19,8 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
 FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
     | {"schedules", "selection", "state", "substitution"},
-    {"macs", "masks", "optimizers", "rebuild", "regularizers", "report", "wrappers"},
+    {"macs", "masks", "optimizers", "rebuild", "recalibration", "regularizers"}
+    | {"report", "wrappers"},
     {"transform"},
     {"trail"},
     {"__init__"},
@@ -78,6 +79,7 @@ CONTRACT = {
     "finalize",
     "prune",
     "pruning_curve",
+    "recalibrate",
     "report",
     "sparsify",
 }
