@@ -19,8 +19,8 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
 FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
     | {"schedules", "selection", "state", "substitution"},
-    {"macs", "masks", "optimizers", "rebuild", "recalibration", "regularizers"}
-    | {"report", "wrappers"},
+    {"counting", "macs", "masks", "optimizers", "rebuild", "recalibration"}
+    | {"regularizers", "report", "wrappers"},
     {"transform"},
     {"trail"},
     {"__init__"},
