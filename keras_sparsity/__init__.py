@@ -9,6 +9,7 @@ from keras_sparsity.record import Trail
 from keras_sparsity.regularizers import HALO, MCP, SWS
 from keras_sparsity.report import SparsityReport, report
 from keras_sparsity.schedules import ConstantSparsity, CubicSparsity
+from keras_sparsity.target import SparsityTarget
 from keras_sparsity.trail import SparsityTrail
 from keras_sparsity.transform import finalize, prune, pruning_curve, sparsify
 from keras_sparsity.wrappers import LTP, Penalized
@@ -27,6 +28,7 @@ __all__ = [
     "Penalized",
     "SparsityOptimizer",
     "SparsityReport",
+    "SparsityTarget",
     "SparsityTrail",
     "Trail",
     "finalize",

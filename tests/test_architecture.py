@@ -21,7 +21,7 @@ FLOORS = [
     | {"schedules", "selection", "state", "substitution"},
     {"counting", "macs", "masks", "optimizers", "rebuild", "recalibration"}
     | {"regularizers", "report", "wrappers"},
-    {"transform"},
+    {"target", "transform"},
     {"trail"},
     {"__init__"},
 ]
@@ -74,6 +74,7 @@ CONTRACT = {
     "Penalized",
     "SparsityOptimizer",
     "SparsityReport",
+    "SparsityTarget",
     "SparsityTrail",
     "Trail",
     "finalize",
