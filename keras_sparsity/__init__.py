@@ -7,6 +7,7 @@ from keras_sparsity.optimizers import SparsityOptimizer
 from keras_sparsity.record import Trail
 from keras_sparsity.regularizers import HALO, MCP, SWS
 from keras_sparsity.report import SparsityReport, report
+from keras_sparsity.saving import export_litert, save_model
 from keras_sparsity.schedules import ConstantSparsity, CubicSparsity
 from keras_sparsity.trail import SparsityTrail
 from keras_sparsity.transform import finalize, prune, pruning_curve, sparsify
@@ -28,10 +29,12 @@ __all__ = [
     "SparsityReport",
     "SparsityTrail",
     "Trail",
+    "export_litert",
     "finalize",
     "prune",
     "pruning_curve",
     "report",
+    "save_model",
     "sparsify",
 ]
 

@@ -19,10 +19,11 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
 FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
     | {"schedules", "selection", "state", "substitution"},
-    {"macs", "masks", "optimizers", "rebuild", "regularizers", "report", "wrappers"},
+    {"macs", "masks", "optimizers", "rebuild", "regularizers", "report", "saving", "wrappers"},
     {"transform"},
     {"trail"},
     {"__init__"},
+    {"__main__"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
@@ -38,7 +39,7 @@ NEIGHBORS = {
 }
 
 # What is imported only inside the function that uses it.
-WHERE_USED = {"h5py", "jax", "matplotlib", "pandas", "torch"}
+WHERE_USED = {"h5py", "jax", "matplotlib", "pandas", "tensorflow", "torch"}
 
 # Modules that the package imports when they are asked for, and what they need.
 OPTIONAL = {"distribution": {"tensorflow"}}
@@ -75,10 +76,12 @@ CONTRACT = {
     "SparsityReport",
     "SparsityTrail",
     "Trail",
+    "export_litert",
     "finalize",
     "prune",
     "pruning_curve",
     "report",
+    "save_model",
     "sparsify",
 }
 
