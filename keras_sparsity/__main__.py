@@ -1,7 +1,7 @@
 """Looking at model files and making small ones, from the shell.
 
-    python -m keras_sparsity report model.keras
-    python -m keras_sparsity convert model.keras small.tflite
+python -m keras_sparsity report model.keras
+python -m keras_sparsity convert model.keras small.tflite
 """
 
 import argparse
@@ -15,7 +15,7 @@ import keras
 
 from keras_sparsity.report import report
 from keras_sparsity.saving import export_litert, save_model
-from keras_sparsity.selection import governors
+from keras_sparsity.selection import governors, kernels, to_array
 from keras_sparsity.transform import finalize
 
 WRITERS = {".keras": save_model, ".tflite": export_litert}
@@ -41,7 +41,7 @@ def main(arguments=None):
     look = commands.add_parser("report", help="print zeros, multiplications and bytes")
     look.add_argument("model", type=pathlib.Path, help="a .keras file")
     look.add_argument("--json", action="store_true", help="print JSON, not a table")
-    make = commands.add_parser("convert", help="write a small file of a sparse model")
+    make = commands.add_parser("convert", help="write a small file for inference")
     make.add_argument("model", type=pathlib.Path, help="a .keras file")
     make.add_argument(
         "output", type=pathlib.Path, help="the file to write: .keras or .tflite"
@@ -69,12 +69,13 @@ def print_report(path, as_json):
 
 
 def convert(path, output):
+    """Writes the model in the file at `path` to `output`, without its optimizer."""
     model = load(path)
     methods = sorted({type(governor).__name__ for governor in governors(model)})
     if methods:
         model = finalize(model)
         print(f"finalized: {', '.join(methods)} removed from the model")
-    if report(model).sparsity == 0:
+    if all(to_array(weight).all() for weight in kernels(model)):
         raise ValueError(
             f"'{path}' has no zeros that would make a file smaller: prune the model "
             "first, with `keras_sparsity.prune` or while it trains"

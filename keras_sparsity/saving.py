@@ -55,10 +55,10 @@ def export_litert(model, path):
     The file is smaller everywhere. **It is not faster on x86 with AVX**, where LiteRT
     makes the weights dense when it loads them. On ARM and in WebAssembly it is faster
     for convolutional networks with float weights of the kind that XNNPACK's sparse
-    inference takes: a 3x3 convolution with stride 2 of 3 channels, then 1x1 convolutions
-    of which two thirds or more are zero, depthwise 3x3 and 5x5 convolutions, additions
-    and activations, up to a global average pooling. Other layers, dense ones too, run
-    dense there as well.
+    inference takes: a 3x3 convolution with stride 2 of 3 channels, then 1x1
+    convolutions of which two thirds or more are zero, depthwise 3x3 and 5x5
+    convolutions, additions and activations, up to a global average pooling. Other
+    layers, dense ones too, run dense there as well.
 
     Args:
         model: A built `keras.Model` that no method governs: what `finalize`, `prune`
@@ -105,11 +105,13 @@ def export_litert(model, path):
 
 def _check_plain(model, function, others=()):
     """Raises a `ValueError` if methods or `others` are in `model`."""
-    found = sorted({type(governor).__name__ for governor in governors(model)} | {*others})
+    found = sorted(
+        {type(governor).__name__ for governor in governors(model)} | {*others}
+    )
     if found:
         raise ValueError(
-            f"Argument `model` of `{function}` must be a plain model. Received one with "
-            f"{', '.join(found)} in it: call `finalize` on it first, or `prune`."
+            f"Argument `model` of `{function}` must be a plain model. Received one "
+            f"with {', '.join(found)} in it: call `finalize` on it first, or `prune`."
         )
 
 

@@ -19,7 +19,16 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
 FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
     | {"schedules", "selection", "state", "substitution"},
-    {"macs", "masks", "optimizers", "rebuild", "regularizers", "report", "saving", "wrappers"},
+    {
+        "macs",
+        "masks",
+        "optimizers",
+        "rebuild",
+        "regularizers",
+        "report",
+        "saving",
+        "wrappers",
+    },
     {"transform"},
     {"trail"},
     {"__init__"},

@@ -77,7 +77,9 @@ def benchmark(model):
     """Size and times of every form of the file of `model`, printed as a table."""
     weights = [keras.ops.convert_to_numpy(weight) for weight in model.weights]
     if FLAGS.layers:
-        print(f"{'weight':40}{'bytes':>12}{'zeros':>8}{'reference':>12}{'deflated':>12}")
+        print(
+            f"{'weight':40}{'bytes':>12}{'zeros':>8}{'reference':>12}{'deflated':>12}"
+        )
         for variable, array in zip(model.weights, weights, strict=True):
             print(
                 f"{variable.path[-38:]:40}{array.nbytes:12,}"
@@ -106,7 +108,9 @@ def benchmark(model):
                 ),
             }
     size = rows["save"]["bytes"]
-    rows = {name: {"over save": row["bytes"] / size, **row} for name, row in rows.items()}
+    rows = {
+        name: {"over save": row["bytes"] / size, **row} for name, row in rows.items()
+    }
     print(f"{'':14}" + "".join(f"{column:>16}" for column in rows["save"]))
     for name, row in rows.items():
         print(f"{name:14}" + "".join(f"{value:16.6g}" for value in row.values()))
