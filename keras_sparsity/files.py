@@ -30,9 +30,10 @@ def written_whole(path):
 def write_archive(file, members):
     """Writes the zip archive of `{name: bytes}`, compressed.
 
-    With deflate: bzip2 makes sparse models a sixth smaller, but takes five times as
-    long to read, which only a slow network makes up for; LZMA is between the two and
-    takes twenty times as long to write. `examples/benchmarks/file_size.py` measures it.
+    By deflate, which every Python has: bzip2 makes sparse models a sixth smaller, but
+    takes two to three times as long to read, for dense ones ten times, and is missing
+    from some builds of Python; LZMA is larger than bzip2 and takes twenty times as long
+    to write. `examples/benchmarks/file_size.py` measures them.
     """
     with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, content in members.items():
