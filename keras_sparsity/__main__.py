@@ -15,7 +15,7 @@ import keras
 
 from keras_sparsity.report import report
 from keras_sparsity.saving import export_litert, save_model
-from keras_sparsity.selection import governors, kernels, to_array
+from keras_sparsity.selection import governors, to_array
 from keras_sparsity.transform import finalize
 
 WRITERS = {".keras": save_model, ".tflite": export_litert}
@@ -70,19 +70,19 @@ def print_report(path, as_json):
 
 def convert(path, output):
     """Writes the model in the file at `path` to `output`, without its optimizer."""
-    model = load(path)
+    model, before = load(path), path.stat().st_size
     methods = sorted({type(governor).__name__ for governor in governors(model)})
     if methods:
         model = finalize(model)
         print(f"finalized: {', '.join(methods)} removed from the model")
-    if all(to_array(weight).all() for weight in kernels(model)):
+    if all(to_array(w).all() for w in model.weights if len(w.shape) >= 2):
         raise ValueError(
             f"'{path}' has no zeros that would make a file smaller: prune the model "
             "first, with `keras_sparsity.prune` or while it trains"
         )
     WRITERS[output.suffix](model, output)
-    sizes = [file.stat().st_size for file in (path, output)]
-    print(f"{output}: {sizes[1]:,} bytes, {sizes[1] / sizes[0]:.3f} of {path}")
+    after = output.stat().st_size
+    print(f"{output}: {after:,} bytes, {after / before:.3f} of {path}")
 
 
 def load(path):

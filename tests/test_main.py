@@ -64,6 +64,13 @@ def test_convert_writes_the_same_model_small(sparse, tmp_path, capsys):
         np.testing.assert_array_equal(array, other)
 
 
+def test_convert_in_place(sparse, capsys):
+    before = sparse.stat().st_size
+    main(["convert", str(sparse), str(sparse)])
+    after = sparse.stat().st_size
+    assert after < before and f"{after / before:.3f} of" in capsys.readouterr().out
+
+
 def test_convert_finalizes_and_says_so(tmp_path, capsys):
     model = ks.sparsify(make_model(), LTP)
     model.save(tmp_path / "ltp.keras")
