@@ -50,8 +50,8 @@ def export_litert(model, path):
 
     Weights of dense, convolution and depthwise layers with a part of zeros of about a
     third or more are stored as their nonzeros and where they are; the results are those
-    of a dense file. This needs the TensorFlow backend. What LiteRT has no operation for,
-    as recurrent layers and float16 products, becomes one of TensorFlow, as in
+    of a dense file. This needs the TensorFlow backend. What LiteRT has no operation
+    for, as recurrent layers and float16 products, becomes one of TensorFlow, as in
     `Model.export`: running such a file takes the Flex delegate.
 
     The file is smaller everywhere. **It is not faster on x86 with AVX**, where LiteRT
