@@ -8,6 +8,7 @@ from keras_sparsity.recalibration import recalibrate
 from keras_sparsity.record import Trail
 from keras_sparsity.regularizers import HALO, MCP, SWS
 from keras_sparsity.report import SparsityReport, report
+from keras_sparsity.saving import export_litert, save_model
 from keras_sparsity.schedules import ConstantSparsity, CubicSparsity
 from keras_sparsity.target import SparsityTarget
 from keras_sparsity.trail import SparsityTrail
@@ -31,11 +32,13 @@ __all__ = [
     "SparsityTarget",
     "SparsityTrail",
     "Trail",
+    "export_litert",
     "finalize",
     "prune",
     "pruning_curve",
     "recalibrate",
     "report",
+    "save_model",
     "sparsify",
 ]
 
