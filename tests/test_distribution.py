@@ -73,13 +73,13 @@ def load(path):
 def folder(tmp_path_factory):
     """Every way to train, of all the methods: the results, and some trails."""
     folder = tmp_path_factory.mktemp("results")
-    cases = {"one": METHODS + MIXED, "two": [*METHODS, *MIXED, DROPOUT]}
-    if BACKEND == "tensorflow":
-        cases |= {"strategy": METHODS, "compiled": COMPILED}
-    # All in one process, since it takes long to import.
+    finish(start(cases={"one": METHODS + MIXED}, output=folder))
     trails = {("two", DROPOUT): folder / "trail of two"}
+    cases = {"two": [*METHODS, *MIXED, DROPOUT]}
     finish(start(cases=cases, output=folder, trails=trails))
     if BACKEND == "tensorflow":
+        cases = {"strategy": METHODS, "compiled": COMPILED}
+        finish(start(cases=cases, output=folder))
         finish(*start_workers(*(worker_of(folder, index) for index in range(2))))
     return folder
 
