@@ -14,7 +14,7 @@ import keras_sparsity as ks
 METHODS = {
     "LTP": functools.partial(ks.LTP, l0=1e-3),
     "LTP absolute": functools.partial(
-        ks.LTP, l0=1e-6, temperature=0.1, threshold_units="absolute"
+        ks.LTP, l0=1e-6, temperature=1.0, threshold_units="absolute"
     ),
     "HALO": ks.HALO(xi=1e-3, psi=1e-2),
     "MagnitudePruning": functools.partial(

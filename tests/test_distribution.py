@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
@@ -120,7 +121,15 @@ def test_two_devices_equal_one(results, case):
 @on_several
 @pytest.mark.parametrize("case", MIXED)
 def test_two_devices_equal_one_in_mixed_precision(results, case):
-    assert_equal(results["two"], results["one"], case, tolerance=1e-3)
+    """To the precision of the sums over a batch, whose parts are rounded."""
+    names = [
+        n for n in results["one"] if re.match(f"{case}/(weight|history/.*loss)", n)
+    ]
+    assert len(names) > 5
+    for name in names:
+        np.testing.assert_allclose(
+            results["two"][name], results["one"][name], rtol=0, atol=1e-2, err_msg=name
+        )
 
 
 @on_several
