@@ -20,6 +20,7 @@ sys.path.insert(0, str(EXAMPLES))
 
 import data  # noqa: E402
 import networks  # noqa: E402
+import settings  # noqa: E402
 import train  # noqa: E402
 
 
@@ -184,6 +185,17 @@ def test_other_settings_than_those_of_the_run_to_resume_are_refused(run, tmp_pat
     again = run(*quick, "--curve=0.5", "--verbose=2")
     assert again["sparse"] == first["sparse"]
     assert len(ks.Trail(tmp_path / "trail").points) == 1
+
+
+def test_a_directory_is_that_of_one_training(tmp_path):
+    model = networks.build("lenet_300_100", (8, 8, 1), 10)
+    settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
+    settings.claim(tmp_path, {"seed": 0, "verbose": "2"}, model, resume=True)
+    with pytest.raises(app.UsageError, match="holds a training already"):
+        settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
+    (tmp_path / "settings.json").write_text('{"KERAS_BACKEND": "theano", "seed": 0}')
+    with pytest.raises(app.UsageError, match="KERAS_BACKEND=theano there"):
+        settings.claim(tmp_path, {"seed": 0}, model, resume=True)
 
 
 @pytest.mark.slow
