@@ -61,7 +61,7 @@ def start_workers(*arguments):
 
 def finish(*processes):
     for process in processes:
-        process.join(300)
+        process.join(600)
         assert process.exitcode == 0
 
 
@@ -190,7 +190,7 @@ def test_a_killed_training_on_two_devices_goes_on(folder, tmp_path):
         "trails": {("two", DROPOUT): tmp_path / "cut"},
     }
     killed = start(**setting, kill=True)
-    killed.join(300)
+    killed.join(600)
     assert killed.exitcode == -signal.SIGKILL
     assert len(ks.Trail(tmp_path / "cut").points) == 1
 
@@ -210,7 +210,7 @@ def test_one_of_two_workers_is_killed(folder, tmp_path):
         for index in range(2)
     ]
     first, second = start_workers(settings[0], settings[1] | {"kill": True})
-    second.join(300)
+    second.join(600)
     assert second.exitcode == -signal.SIGKILL
     first.kill()  # as a launcher does: it waits for the other
     first.join()
