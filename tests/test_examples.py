@@ -10,14 +10,17 @@ import time
 import keras
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
+
+import keras_sparsity as ks
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import data  # noqa: E402
 import networks  # noqa: E402
+import settings  # noqa: E402
 import train  # noqa: E402
 
 
@@ -27,6 +30,7 @@ def run(tmp_path):
 
     def run(*arguments):
         quick = ("--pretrain_epochs=1", "--epochs=2", "--batch_size=64", "--verbose=0")
+        keras.utils.clear_session()  # names of layers begin anew, as in a process
         with flagsaver.flagsaver():
             flags.FLAGS(["train.py", f"--output={tmp_path}", *quick, *arguments])
             train.main([])
@@ -168,6 +172,30 @@ def test_fine_tuning_keeps_the_zeros(run, tmp_path):
     run("--method=l1", "--model=lenet_300_100", "--epochs=1", "--finetune_epochs=1")
     model = keras.saving.load_model(tmp_path / "sparse.keras")
     assert zeros(model) == pytest.approx(0.9, abs=1e-4)
+
+
+def test_other_settings_than_those_of_the_run_to_resume_are_refused(run, tmp_path):
+    quick = ("--resume", "--model=lenet_300_100", "--method=l1", "--epochs=1")
+    first = run(*quick)
+    with pytest.raises(app.UsageError, match="seed=0 there, seed=1 here"):
+        run(*quick, "--seed=1")
+    with pytest.raises(app.UsageError, match="epochs=1 there, epochs=2 here"):
+        run(*quick, "--epochs=2")
+    # The same training, shown otherwise: it is not repeated.
+    again = run(*quick, "--curve=0.5", "--verbose=2")
+    assert again["sparse"] == first["sparse"]
+    assert len(ks.Trail(tmp_path / "trail").points) == 1
+
+
+def test_a_directory_is_that_of_one_training(tmp_path):
+    model = networks.build("lenet_300_100", (8, 8, 1), 10)
+    settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
+    settings.claim(tmp_path, {"seed": 0, "verbose": "2"}, model, resume=True)
+    with pytest.raises(app.UsageError, match="holds a training already"):
+        settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
+    (tmp_path / "settings.json").write_text('{"KERAS_BACKEND": "theano", "seed": 0}')
+    with pytest.raises(app.UsageError, match="KERAS_BACKEND=theano there"):
+        settings.claim(tmp_path, {"seed": 0}, model, resume=True)
 
 
 @pytest.mark.slow
