@@ -8,6 +8,10 @@ from typing import NamedTuple
 import keras
 import numpy as np
 
+# Of the pixels of ImageNet's images, in [0, 1], per channel.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_DEVIATION = (0.229, 0.224, 0.225)
+
 
 class Data(NamedTuple):
     """Three sets, each a pair `(images, labels)`, and the number of classes.
