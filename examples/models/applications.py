@@ -1,9 +1,8 @@
 """Networks of `keras.applications`, with ImageNet weights or without."""
 
+import imagenet
 import keras
 from keras import layers
-
-from data import IMAGENET_DEVIATION, IMAGENET_MEAN
 
 # Each module holds a network and the preprocessing that its weights were made with.
 MODULES = {
@@ -15,8 +14,8 @@ MODULES = {
 
 def pixels(x):
     """Pixels in [0, 255] again, from images standardized as ImageNet is."""
-    scale = [255 * deviation for deviation in IMAGENET_DEVIATION]
-    return layers.Rescaling(scale, [255 * mean for mean in IMAGENET_MEAN])(x)
+    scale = [255 * deviation for deviation in imagenet.DEVIATION]
+    return layers.Rescaling(scale, [255 * mean for mean in imagenet.MEAN])(x)
 
 
 def application(x, name, classes, pretrained):
