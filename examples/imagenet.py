@@ -90,26 +90,19 @@ def load(
     examples = files(f"train[:{count}]")
 
     def in_order(epoch):
-        shuffled = examples.shuffle(
-            SHUFFLED, seed + epoch * 1_000_003, reshuffle_each_iteration=False
-        )
+        # For this graph alone. At 0, TensorFlow takes no tensor for the other seed.
+        tf.random.set_seed(2 * seed + 1)
+        shuffled = examples.shuffle(SHUFFLED, epoch, reshuffle_each_iteration=False)
         return shuffled.enumerate().map(lambda i, example: (example, (epoch, i)))
 
     def augmented(example, key):
         seeds = tf.random.fold_in(tf.random.fold_in([seed, 0], key[0]), key[1])
         return random_resized_crop(decode(example), size, seeds)
 
-    resize = keras.layers.Resizing(
-        round(size * 256 / 224),
-        round(size * 256 / 224),
-        crop_to_aspect_ratio=True,
-        antialias=True,
-        dtype="float32",
-    )
-    crop = keras.layers.CenterCrop(size, size, dtype="float32")
+    center_of = center_crop(size)
 
     def center(example):
-        return crop(resize(tf.cast(decode(example), tf.float32)))
+        return center_of(decode(example))
 
     def evaluated(split, number):
         chosen = files(split).take(number // multiple * multiple)
@@ -147,6 +140,16 @@ def random_resized_crop(image, size, seed):
     part = tf.slice(image, begin, extent)
     part = tf.image.resize(part, (size, size), antialias=True)
     return tf.image.stateless_random_flip_left_right(part, seed)
+
+
+def center_crop(size):
+    """A function of an image: its center, after resizing, of `size` pixels."""
+    larger = round(size * 256 / 224)
+    resize = keras.layers.Resizing(
+        larger, larger, crop_to_aspect_ratio=True, antialias=True, dtype="float32"
+    )
+    crop = keras.layers.CenterCrop(size, size, dtype="float32")
+    return lambda image: crop(resize(image))
 
 
 def standardize(image):

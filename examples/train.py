@@ -254,8 +254,11 @@ def run():
     began = time.monotonic()
     keras.utils.set_random_seed(FLAGS.seed)
     keras.config.set_dtype_policy(FLAGS.precision)
-    data = load()
-    model = models.build(FLAGS.model, data.image_shape, data.classes, FLAGS.weights)
+    try:
+        data = load()
+        model = models.build(FLAGS.model, data.image_shape, data.classes, FLAGS.weights)
+    except (ImportError, ValueError, RuntimeError) as error:
+        sys.exit(f"{error}")  # it says what is missing, and what to do
     output = pathlib.Path(FLAGS.output)
     together = FLAGS.resume or FLAGS.strategy == "multi_worker"
     trails = output if together else output / time.strftime("%Y%m%d-%H%M%S")
@@ -392,18 +395,19 @@ def fit(model, data, epochs, phase, trail, keep="none"):
         "validation_data": data.validation,
         "verbose": int(FLAGS.verbose),
     }
+    batch_size = FLAGS.batch_size
     if data.follow:
-        batches, _ = data.train
-        model.fit(batches, callbacks=[data.follow, *callbacks], **arguments)
+        x, _ = data.train
+        follow = data.follow
     elif keras.backend.backend() == "tensorflow" or FLAGS.augment != "none":
         # TensorFlow's own order of arrays cannot be taken up again after a kill.
         augment = data_sets.crop_and_flip if FLAGS.augment == "crop_flip" else None
-        batches = data_sets.Batches(*data.train, FLAGS.batch_size, FLAGS.seed, augment)
-        callbacks = [batches.follow, *callbacks]
-        model.fit(batches, callbacks=callbacks, shuffle=False, **arguments)
+        x = data_sets.Batches(*data.train, batch_size, FLAGS.seed, augment)
+        follow = x.follow
     else:
-        batch_size = FLAGS.batch_size
         model.fit(*data.train, batch_size, callbacks=callbacks, **arguments)
+        return
+    model.fit(x, callbacks=[follow, *callbacks], shuffle=False, **arguments)
 
 
 def method(steps):
@@ -443,7 +447,9 @@ def pick(model, trail):
 def measure(model, data, path):
     """Saves `model` and says how good and how large it is."""
     model.save(path)
-    top_5 = keras.metrics.SparseTopKCategoricalAccuracy(5, name="top_5")
+    top_5 = keras.metrics.SparseTopKCategoricalAccuracy(
+        min(5, data.classes), name="top_5"
+    )
     model.compile(loss=LOSS, metrics=["accuracy", top_5])
     scores = model.evaluate(*data.test, FLAGS.batch_size, verbose=0, return_dict=True)
     report = ks.report(model)

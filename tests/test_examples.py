@@ -1,4 +1,4 @@
-"""The examples: their networks, data and benchmark, and the script from end to end."""
+"""The examples: their data and benchmark, and the script from end to end."""
 
 import json
 import os
@@ -17,7 +17,6 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import data  # noqa: E402
-import networks  # noqa: E402
 import train  # noqa: E402
 
 
@@ -39,27 +38,6 @@ def zeros(model):
     """Part of the zeros in the kernels."""
     kernels = [w.numpy() for w in model.weights if w.name == "kernel"]
     return sum((k == 0).sum() for k in kernels) / sum(k.size for k in kernels)
-
-
-@pytest.mark.parametrize(
-    ("name", "input_shape", "classes", "parameters"),
-    [
-        ("lenet_300_100", (28, 28, 1), 10, 266_610),
-        ("lenet5", (28, 28, 1), 10, 61_706),
-        ("resnet20", (32, 32, 3), 10, 272_474),
-        ("resnet50", (32, 32, 3), 100, 764_404),
-    ],
-)
-def test_networks_have_the_published_number_of_parameters(
-    name, input_shape, classes, parameters
-):
-    model = networks.build(name, input_shape, classes)
-    assert sum(np.prod(w.shape) for w in model.trainable_weights) == parameters
-
-
-def test_an_unknown_network_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="small_cnn.*lenet5.*Received: name=vgg"):
-        networks.build("vgg", (8, 8, 1), 10)
 
 
 def test_digits_are_standardized_and_split_by_seed():

@@ -14,7 +14,7 @@ def backbone(x, name, pretrained):
 
     Args:
         x: Images.
-        name: `keras_cv/` and the name of a preset, such as `resnet18_v2`, or the
+        name: `keras_cv/` and the name of a preset, such as `resnet50`, or the
             folder of one that was downloaded before.
         pretrained: Whether to load the preset's weights too.
     """
@@ -38,18 +38,17 @@ def backbone(x, name, pretrained):
             f"keras-cv has no preset {preset}. Expected a folder or one of "
             f"{', '.join(sorted(handles))}."
         )
+    handle = handles.get(preset, preset)
     (base,) = keras_cv.models.ResNetBackbone.__bases__  # of all, but not public
     try:
         network = base.from_preset(
-            handles.get(preset, preset),
-            load_weights=pretrained,
-            include_rescaling=True,
+            handle, load_weights=pretrained, include_rescaling=True
         )
     except OSError as error:
         raise RuntimeError(
             f"{name} could not be downloaded: {error}. On a machine with a network run "
-            f'`kagglehub.model_download("{handles.get(preset)}")` (without kaggle://), '
-            "copy the folder that it returns, and give keras_cv/FOLDER."
+            f'`kagglehub.model_download("{handle.removeprefix("kaggle://")}")`, copy '
+            "the folder that it returns, and give keras_cv/FOLDER."
         ) from error
     # A plain model: keras-cv's own class cannot be rebuilt from another's layers.
     x = Model(network.inputs, network.outputs, name="backbone")(pixels(x))

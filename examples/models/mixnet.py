@@ -56,13 +56,13 @@ def mixnet_s(x):
     x = _norm(_pointwise(x, 16, kernel_size=3, strides=2), "relu")
     for stage in STAGES:
         for block in range(stage.repeats):
-            x = _block(x, stage, strides=stage.strides if block == 0 else 1)
+            x = mixnet_block(x, stage, strides=stage.strides if block == 0 else 1)
     x = _norm(_pointwise(x, 1536), "relu")
     x = layers.GlobalAveragePooling2D()(x)
     return layers.Dropout(0.2)(x)
 
 
-def _block(x, stage, strides):
+def mixnet_block(x, stage, strides):
     """Expands, filters each part of the channels with its own kernel, projects."""
     width, inputs = x.shape[-1], x
     if stage.ratio > 1:
@@ -96,7 +96,7 @@ def _split(x, count):
         return [x]
     size = x.shape[-1] // count
     first = x.shape[-1] - size * (count - 1)
-    return ops.split(x, range(first, x.shape[-1], size), axis=-1)
+    return ops.split(x, list(range(first, x.shape[-1], size)), axis=-1)
 
 
 def _join(parts):
