@@ -51,5 +51,5 @@ def backbone(x, name, pretrained):
             "the folder that it returns, and give keras_cv/FOLDER."
         ) from error
     # A plain model: keras-cv's own class cannot be rebuilt from another's layers.
-    x = Model(network.inputs, network.outputs, name="backbone")(pixels(x))
+    x = Model(network.input, network.output, name="backbone")(pixels(x))
     return layers.GlobalAveragePooling2D()(x)
