@@ -370,9 +370,9 @@ def fit(model, data, epochs, phase, trail, keep="none"):
     if is_chief(model):
         print(f"\n{phase.capitalize()}: {epochs} epochs")
     total, rate = step_count(data, epochs), FLAGS.learning_rate
+    ends = [int(total * float(part)) for part in (*FLAGS.drops, 1)]
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
-        [int(total * float(part)) for part in FLAGS.drops],
-        [rate / 10**drops for drops in range(len(FLAGS.drops) + 1)],
+        ends, [rate / 10**drops for drops in range(len(ends) + 1)]
     )
     optimizers = {
         "sgd": functools.partial(keras.optimizers.SGD, momentum=FLAGS.momentum),

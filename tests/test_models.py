@@ -105,7 +105,8 @@ def check(model, input_shape):
         plain = ks.finalize(sparse)
         assert [w.path for w in plain.weights] == [w.path for w in model.weights]
         zeros = ks.report(plain).sparsity
-        assert 0.2 < zeros < 0.6 if name == "LTP" else zeros == 0
+        # Among millions of fresh weights, a few are zero.
+        assert 0.2 < zeros < 0.6 if name == "LTP" else zeros < 1e-5
         expected = keras.ops.convert_to_numpy(sparse(x, training=False))
         scale = np.abs(expected).max()
         assert scale > 0
