@@ -26,7 +26,7 @@ import curves
 import data as data_sets
 import keras
 import methods
-import networks
+import models
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
@@ -34,7 +34,7 @@ FLAGS = flags.FLAGS
 flags.DEFINE_list("methods", list(methods.METHODS), "What to compare.")
 flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.98", "0.99"], "In [0, 1).")
 flags.DEFINE_integer("seeds", 3, "Trainings of each kind.", lower_bound=1)
-flags.DEFINE_enum("model", "lenet_300_100", list(networks.NETWORKS), "The network.")
+flags.DEFINE_enum("model", "lenet_300_100", list(models.NETWORKS), "The network.")
 flags.DEFINE_string("dataset", "digits", "As for train.py, or the path of an .npz.")
 flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps its data.")
 flags.DEFINE_float("validation_split", 0.1, "Part held out, in (0, 1).")
@@ -62,6 +62,11 @@ def main(argv):
     todo = [job for job in jobs() if curves.key(job) not in done]
     print(f"{len(done)} trainings recorded in {results}, {len(todo)} to do")
     bar = keras.utils.Progbar(len(todo), unit_name="training")
+    if todo:
+        try:
+            load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation_split)
+        except (ImportError, ValueError, OSError) as error:
+            sys.exit(f"{error}")  # it says what is missing, and what to do
     end_last_line(results)
     with pool(min(FLAGS.jobs, len(todo) or 1)) as executor, results.open("a") as file:
         futures = [executor.submit(train, job, FLAGS.data_dir) for job in todo]
@@ -122,7 +127,7 @@ def train(job, data_dir):
 
     def network():
         keras.utils.set_random_seed(job["seed"])
-        return networks.build(job["model"], data.train[0].shape[1:], data.classes)
+        return models.build(job["model"], data.image_shape, data.classes)
 
     points = methods.curve(
         network, data, method, job["settings"], job["sparsities"], training

@@ -1,25 +1,37 @@
-"""Labelled images as arrays: scikit-learn's digits, or any set of
-tensorflow-datasets."""
+"""Labelled images: scikit-learn's digits, or any set of tensorflow-datasets."""
 
 import math
-import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import keras
 import numpy as np
+import tfds_source
 
 
 class Data(NamedTuple):
-    """Three sets, each a pair `(images, labels)`, and the number of classes.
+    """Three sets, each a pair `(images, labels)`, and what there is to know of them.
 
     Images are float32 of shape `(count, height, width, channels)`, standardized
-    by the mean and the standard deviation of the training images, per channel.
+    by the mean and the standard deviation of the training images, per channel. Sets
+    that are read from disk while they are used are pairs of a `tf.data.Dataset` of
+    batches and `None`: what `fit` and `evaluate` take for `x` and `y` either way.
+
+    Attributes:
+        train, validation, test: The sets.
+        classes: Number of classes.
+        image_shape: `(height, width, channels)`.
+        count: Number of training images.
+        follow: Callback that tells a set read from disk which epoch it is; `None`
+            for arrays.
     """
 
-    train: tuple[np.ndarray, np.ndarray]
-    validation: tuple[np.ndarray, np.ndarray]
-    test: tuple[np.ndarray, np.ndarray]
+    train: tuple[Any, Any]
+    validation: tuple[Any, Any]
+    test: tuple[Any, Any]
     classes: int
+    image_shape: tuple[int, ...]
+    count: int
+    follow: keras.callbacks.Callback | None = None
 
 
 class Batches(keras.utils.PyDataset):
@@ -28,19 +40,28 @@ class Batches(keras.utils.PyDataset):
     A training that goes on at a later epoch meets the order that it would have met.
     `fit` must be given the callback `follow`, which says which epoch it is, and
     `shuffle=False`, or Keras shuffles the batches once more.
+
+    Args:
+        x, y: Arrays.
+        batch_size: Images in a batch; the last one takes what is left.
+        seed: Of the order, and of what `augment` draws.
+        augment: Function of a batch of images and a `numpy.random.Generator`, such
+            as `crop_and_flip`. Defaults to `None`.
     """
 
-    def __init__(self, x, y, batch_size, seed):
+    def __init__(self, x, y, batch_size, seed, augment=None):
         super().__init__()
         self.x, self.y = x, y
         self.batch_size = batch_size
         self.seed = seed
+        self.augment = augment
         self.follow = keras.callbacks.LambdaCallback(
             on_epoch_begin=lambda epoch, logs: self.begin(epoch)
         )
         self.begin(0)
 
     def begin(self, epoch):
+        self.epoch = epoch
         self.order = np.random.default_rng([self.seed, epoch]).permutation(len(self.x))
 
     def __len__(self):
@@ -49,7 +70,28 @@ class Batches(keras.utils.PyDataset):
     def __getitem__(self, index):
         start = index * self.batch_size
         rows = self.order[start : start + self.batch_size]
-        return self.x[rows], self.y[rows]
+        x = self.x[rows]
+        if self.augment:
+            generator = np.random.default_rng([self.seed, self.epoch, index])
+            x = self.augment(x, generator)
+        return x, self.y[rows]
+
+
+def crop_and_flip(images, generator, padding=4):
+    """Each image shifted by up to `padding` pixels, zeros moving in, or mirrored too.
+
+    The standard augmentation of CIFAR: a random crop of the padded image, and a
+    horizontal flip of every other one. Zero is the mean of standardized images.
+    """
+    count, height, width, _ = images.shape
+    edges = (padding, padding)
+    padded = np.pad(images, ((0, 0), edges, edges, (0, 0)))
+    top, left = generator.integers(2 * padding + 1, size=(2, count, 1))
+    rows = top + np.arange(height)
+    columns = left + np.arange(width)
+    mirrored = generator.random(count) < 0.5
+    columns[mirrored] = columns[mirrored, ::-1]
+    return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None]]
 
 
 def load(name, data_dir=None, download=False, image_size=None, validation=0.1, seed=0):
@@ -81,8 +123,12 @@ def load(name, data_dir=None, download=False, image_size=None, validation=0.1, s
     def standardize(images, labels):
         return (images - mean) / deviation, labels
 
+    images, _ = train
     return Data(
-        standardize(*train), standardize(*held_out), standardize(*test), classes
+        *(standardize(*pair) for pair in (train, held_out, test)),
+        classes=classes,
+        image_shape=images.shape[1:],
+        count=len(images),
     )
 
 
@@ -118,31 +164,10 @@ def _arrays(path):
 
 
 def _tfds(name, data_dir, download, image_size):
-    try:
-        import tensorflow as tf  # reads the files, whatever the Keras backend
-        import tensorflow_datasets as tfds
-    except ImportError as error:
-        raise ImportError(
-            f"Data set `{name}` comes through tensorflow-datasets, which reads it "
-            "with TensorFlow. Install both with "
-            '`pip install "keras-sparsity[examples,tensorflow]"`.'
-        ) from error
-    folder = pathlib.Path(data_dir or tfds.core.constants.DATA_DIR).expanduser()
-    try:
-        builder = tfds.builder(name, data_dir=folder)
-    except tfds.core.DatasetNotFoundError:
-        raise ValueError(
-            f"No data set is called `{name}`. Expected `digits` or a name of "
-            f"tensorflow-datasets. {_contents(folder)}"
-        ) from None
-    if download:
-        builder.download_and_prepare()
-    elif not pathlib.Path(builder.data_path).exists():
-        raise ValueError(
-            f"Data set `{name}` is not there. {_contents(folder)} "
-            "Choose another `--data_dir`, or let `--download` fetch it."
-        )
-    image, label = _image_and_label(builder.info)
+    import tensorflow as tf
+
+    builder = tfds_source.builder(name, data_dir, download)
+    image, label = tfds_source.image_and_label(builder.info)
     shape = builder.info.features[image].shape
     if image_size:
         shape = (image_size, image_size, shape[-1])
@@ -161,28 +186,10 @@ def _tfds(name, data_dir, download, image_size):
     def read(split):
         examples = builder.as_dataset(split=split).map(prepare)
         size = int(examples.cardinality())
-        return tfds.as_numpy(examples.batch(size).get_single_element())
+        return next(examples.batch(size).as_numpy_iterator())
 
     train, test = _split_names(builder.info.splits)
     return read(train), read(test), builder.info.features[label].num_classes
-
-
-def _image_and_label(info):
-    """The names of the two features that a classifier learns from."""
-    import tensorflow_datasets as tfds
-
-    features = dict(info.features.items())
-    image, label = info.supervised_keys or (None, None)
-    if not (
-        isinstance(features.get(image), tfds.features.Image)
-        and isinstance(features.get(label), tfds.features.ClassLabel)
-    ):
-        raise ValueError(
-            f"Data set `{info.name}` is not for image classification. Expected an "
-            f"image and a class label as its supervised keys. "
-            f"Received: {info.supervised_keys}"
-        )
-    return image, label
 
 
 def _split_names(splits):
@@ -191,8 +198,3 @@ def _split_names(splits):
         if test in splits:
             return "train", test
     return "train[:80%]", "train[80%:]"
-
-
-def _contents(folder):
-    names = sorted(path.name for path in folder.glob("*/") if path.is_dir())
-    return f"{folder} has: {', '.join(names) or 'nothing'}."

@@ -4,7 +4,6 @@ import contextlib
 
 import keras
 from absl import app, flags
-from data import Data
 
 FLAGS = flags.FLAGS
 
@@ -68,24 +67,28 @@ def _tensorflow():
     return tf
 
 
-def shared_out(data):
-    """`data` as the devices of `--strategy` can take it.
-
-    JAX cannot share out what does not divide by them: every set loses its few last
-    images.
-    """
+def shares(batch_size):
+    """Number of devices that each batch is shared out to evenly, or must be."""
     if FLAGS.strategy != "data_parallel":
-        return data
+        return 1  # TensorFlow shares out any number
     devices = len(keras.distribution.list_devices())
-    if FLAGS.batch_size % devices:
+    if batch_size % devices:
         raise app.UsageError(
             f"--batch_size must be a multiple of the {devices} devices. "
-            f"Received: {FLAGS.batch_size}"
+            f"Received: {batch_size}"
         )
+    return devices
+
+
+def shared_out(data, batch_size):
+    """Arrays of `data` without the few last images that do not divide by `shares`."""
+    devices = shares(batch_size)
 
     def cut(images, labels):
         count = len(images) // devices * devices
         return images[:count], labels[:count]
 
-    sets = (cut(*pair) for pair in (data.train, data.validation, data.test))
-    return Data(*sets, data.classes)
+    train, validation, test = (cut(*pair) for pair in data[:3])
+    return data._replace(
+        train=train, validation=validation, test=test, count=len(train[0])
+    )

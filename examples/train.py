@@ -17,8 +17,10 @@ import time
 
 import data as data_sets
 import devices
+import imagenet
 import keras
-import networks
+import models
+import recipes
 import settings
 from absl import app, flags, logging
 
@@ -35,7 +37,27 @@ flags.DEFINE_enum(
     ["ltp", "halo", "l1", "magnitude", "dense"],
     "How to find the weights that are not needed. dense: train as usual.",
 )
-flags.DEFINE_enum("model", "small_cnn", list(networks.NETWORKS), "Network to train.")
+flags.DEFINE_enum(
+    "recipe",
+    None,
+    list(recipes.RECIPES),
+    "A published experiment: its settings are the defaults of the other flags.",
+)
+flags.DEFINE_string(
+    "model",
+    "small_cnn",
+    f"Network to train: {', '.join(models.NETWORKS)}, or keras_cv/ and a preset of "
+    "keras-cv.",
+)
+flags.DEFINE_string(
+    "weights",
+    None,
+    "Weights to start from: a .keras or .weights.h5 file of the same network, or "
+    "imagenet for those that Keras or keras-cv has. Default: new ones.",
+)
+flags.DEFINE_string(
+    "filters", None, "Regular expression on the names of the layers to make sparse."
+)
 flags.DEFINE_float(
     "sparsity",
     None,
@@ -70,6 +92,13 @@ flags.DEFINE_bool("download", False, "Let tensorflow-datasets download the data 
 flags.DEFINE_integer(
     "image_size", None, "Height and width to resize images to.", lower_bound=1
 )
+flags.DEFINE_enum(
+    "augment",
+    "none",
+    ["none", "crop_flip", "random_resized_crop"],
+    "What is done to training images: the standard of CIFAR, or that of ImageNet, "
+    "whose images are read from disk while the model trains.",
+)
 flags.DEFINE_float(
     "validation_split", 0.1, "Part of the training images held out, in (0, 1)."
 )
@@ -92,9 +121,13 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "learning_rate",
     0.05,
-    "Learning rate at the start of each phase (dense training, method, fine-tuning); "
-    "divided by 10 at 1/2 and again at 3/4 of it.",
+    "Learning rate at the start of each phase (dense training, method, fine-tuning).",
     lower_bound=0,
+)
+flags.DEFINE_list(
+    "drops",
+    ["0.5", "0.75"],
+    "Where in each phase the learning rate is divided by 10, as parts of it.",
 )
 flags.DEFINE_float(
     "momentum", 0.9, "Momentum of sgd, everywhere.", lower_bound=0, upper_bound=1
@@ -136,10 +169,16 @@ flags.DEFINE_enum(
 flags.register_validator(
     "sparsity", lambda value: value is None or 0 <= value < 1, "must be in [0, 1)"
 )
+for name in ("curve", "drops"):
+    flags.register_validator(
+        name,
+        lambda values: all(re.fullmatch(r"0?\.\d+|0", value) for value in values),
+        "must be numbers in [0, 1), such as 0.9",
+    )
 flags.register_validator(
-    "curve",
-    lambda values: all(re.fullmatch(r"0?\.\d+|0", value) for value in values),
-    "must be numbers in [0, 1), such as 0.9",
+    "model",
+    models.is_known,
+    f"must be one of {', '.join(models.NETWORKS)}, or keras_cv/PRESET",
 )
 flags.register_validator(
     "validation_split", lambda value: 0 < value < 1, "must be in (0, 1)"
@@ -159,16 +198,11 @@ def run():
     began = time.monotonic()
     keras.utils.set_random_seed(FLAGS.seed)
     keras.config.set_dtype_policy(FLAGS.precision)
-    data = data_sets.load(
-        FLAGS.dataset,
-        data_dir=FLAGS.data_dir,
-        download=FLAGS.download,
-        image_size=FLAGS.image_size,
-        validation=FLAGS.validation_split,
-        seed=FLAGS.seed,
-    )
-    data = devices.shared_out(data)
-    model = networks.build(FLAGS.model, data.train[0].shape[1:], data.classes)
+    try:
+        data = load()
+        model = models.build(FLAGS.model, data.image_shape, data.classes, FLAGS.weights)
+    except (ImportError, ValueError, RuntimeError) as error:
+        sys.exit(f"{error}")  # it says what is missing, and what to do
     output = pathlib.Path(FLAGS.output)
     together = FLAGS.resume or FLAGS.strategy == "multi_worker"
     trails = output if together else output / time.strftime("%Y%m%d-%H%M%S")
@@ -185,7 +219,8 @@ def run():
         fit(model, data, FLAGS.pretrain_epochs, "dense training", trails / "dense")
     dense = ks.finalize(model)  # a copy
     if FLAGS.method != "dense":
-        model = ks.sparsify(model, method(step_count(data, FLAGS.epochs)))
+        steps = step_count(data, FLAGS.epochs)
+        model = ks.sparsify(model, method(steps), FLAGS.filters)
     phase = f"method {FLAGS.method}"
     fit(model, data, FLAGS.epochs, phase, trails / "trail", keep="pareto")
     sparse = pick(model, trails / "trail")
@@ -216,12 +251,35 @@ def run():
     print(f"\nWritten to {output}/: {written}")
 
 
+def load():
+    """The data set, read as `--augment` needs it."""
+    arguments = {
+        "data_dir": FLAGS.data_dir,
+        "download": FLAGS.download,
+        "image_size": FLAGS.image_size,
+        "validation": FLAGS.validation_split,
+        "seed": FLAGS.seed,
+    }
+    if FLAGS.augment == "random_resized_crop":
+        multiple = devices.shares(FLAGS.batch_size)
+        return imagenet.load(
+            FLAGS.dataset, FLAGS.batch_size, multiple=multiple, **arguments
+        )
+    data = data_sets.load(FLAGS.dataset, **arguments)
+    return devices.shared_out(data, FLAGS.batch_size)
+
+
 def fill_defaults():
     """Gives a value to the flags whose default depends on other flags."""
+    if FLAGS.recipe:
+        for name, value in recipes.RECIPES[FLAGS.recipe].settings.items():
+            FLAGS.set_default(name, value)  # what the command says stays
+        print(recipes.describe(FLAGS.recipe, lambda name: FLAGS[name].value))
     from_dense = FLAGS.method in ("ltp", "magnitude")
     by_magnitude = FLAGS.method in ("halo", "l1", "magnitude")
+    model = pathlib.Path(FLAGS.model).name
     defaults = {
-        "output": f"runs/{FLAGS.dataset}-{FLAGS.model}-{FLAGS.method}",
+        "output": f"runs/{FLAGS.dataset}-{model}-{FLAGS.method}",
         "pretrain_epochs": 10 if from_dense else 0,
         "sparsity": 0.9 if by_magnitude else None,
     }
@@ -237,7 +295,7 @@ def flag_values():
 
 
 def step_count(data, epochs):
-    return epochs * math.ceil(len(data.train[0]) / FLAGS.batch_size)
+    return epochs * math.ceil(data.count / FLAGS.batch_size)
 
 
 def fit(model, data, epochs, phase, trail, keep="none"):
@@ -245,8 +303,9 @@ def fit(model, data, epochs, phase, trail, keep="none"):
     if is_chief(model):
         print(f"\n{phase.capitalize()}: {epochs} epochs")
     total, rate = step_count(data, epochs), FLAGS.learning_rate
+    ends = [int(total * float(part)) for part in (*FLAGS.drops, 1)]
     schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
-        [total // 2, total * 3 // 4], [rate, rate / 10, rate / 100]
+        ends, [rate / 10**drops for drops in range(len(ends) + 1)]
     )
     optimizers = {
         "sgd": functools.partial(keras.optimizers.SGD, momentum=FLAGS.momentum),
@@ -269,14 +328,19 @@ def fit(model, data, epochs, phase, trail, keep="none"):
         "validation_data": data.validation,
         "verbose": int(FLAGS.verbose),
     }
-    if keras.backend.backend() == "tensorflow":
-        # Its own order of arrays cannot be taken up again after a kill.
-        batches = data_sets.Batches(*data.train, FLAGS.batch_size, FLAGS.seed)
-        callbacks = [batches.follow, *callbacks]
-        model.fit(batches, callbacks=callbacks, shuffle=False, **arguments)
+    batch_size = FLAGS.batch_size
+    if data.follow:
+        x, _ = data.train
+        follow = data.follow
+    elif keras.backend.backend() == "tensorflow" or FLAGS.augment != "none":
+        # TensorFlow's own order of arrays cannot be taken up again after a kill.
+        augment = data_sets.crop_and_flip if FLAGS.augment == "crop_flip" else None
+        x = data_sets.Batches(*data.train, batch_size, FLAGS.seed, augment)
+        follow = x.follow
     else:
-        batch_size = FLAGS.batch_size
         model.fit(*data.train, batch_size, callbacks=callbacks, **arguments)
+        return
+    model.fit(x, callbacks=[follow, *callbacks], shuffle=False, **arguments)
 
 
 def method(steps):
@@ -316,11 +380,15 @@ def pick(model, trail):
 def measure(model, data, path):
     """Saves `model` and says how good and how large it is."""
     model.save(path)
-    model.compile(loss=LOSS, metrics=["accuracy"])
+    top_5 = keras.metrics.SparseTopKCategoricalAccuracy(
+        min(5, data.classes), name="top_5"
+    )
+    model.compile(loss=LOSS, metrics=["accuracy", top_5])
     scores = model.evaluate(*data.test, FLAGS.batch_size, verbose=0, return_dict=True)
     report = ks.report(model)
     return {
         "accuracy": scores["accuracy"],
+        "top_5": scores["top_5"],
         "sparsity": report.sparsity,
         "macs": report.effective_macs,
         "bytes": path.stat().st_size,

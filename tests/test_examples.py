@@ -1,4 +1,4 @@
-"""The examples: their networks, data and benchmark, and the script from end to end."""
+"""The examples: their data and benchmark, and the script from end to end."""
 
 import json
 import os
@@ -19,7 +19,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import data  # noqa: E402
-import networks  # noqa: E402
+import models  # noqa: E402
 import settings  # noqa: E402
 import train  # noqa: E402
 
@@ -43,27 +43,6 @@ def zeros(model):
     """Part of the zeros in the kernels."""
     kernels = [w.numpy() for w in model.weights if w.name == "kernel"]
     return sum((k == 0).sum() for k in kernels) / sum(k.size for k in kernels)
-
-
-@pytest.mark.parametrize(
-    ("name", "input_shape", "classes", "parameters"),
-    [
-        ("lenet_300_100", (28, 28, 1), 10, 266_610),
-        ("lenet5", (28, 28, 1), 10, 61_706),
-        ("resnet20", (32, 32, 3), 10, 272_474),
-        ("resnet50", (32, 32, 3), 100, 764_404),
-    ],
-)
-def test_networks_have_the_published_number_of_parameters(
-    name, input_shape, classes, parameters
-):
-    model = networks.build(name, input_shape, classes)
-    assert sum(np.prod(w.shape) for w in model.trainable_weights) == parameters
-
-
-def test_an_unknown_network_is_refused_with_the_known_ones():
-    with pytest.raises(ValueError, match="small_cnn.*lenet5.*Received: name=vgg"):
-        networks.build("vgg", (8, 8, 1), 10)
 
 
 def test_digits_are_standardized_and_split_by_seed():
@@ -188,7 +167,7 @@ def test_other_settings_than_those_of_the_run_to_resume_are_refused(run, tmp_pat
 
 
 def test_a_directory_is_that_of_one_training(tmp_path):
-    model = networks.build("lenet_300_100", (8, 8, 1), 10)
+    model = models.build("lenet_300_100", (8, 8, 1), 10)
     settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
     settings.claim(tmp_path, {"seed": 0, "verbose": "2"}, model, resume=True)
     with pytest.raises(app.UsageError, match="holds a training already"):
@@ -241,7 +220,7 @@ def test_the_benchmark_compares_every_method_with_the_dense_step():
 
 
 def test_file_sizes_are_compared_with_the_plain_file(tmp_path):
-    model = networks.build("lenet5", (28, 28, 1), 10)
+    model = models.build("lenet5", (28, 28, 1), 10)
     model.save(tmp_path / "model.keras")
     output = subprocess.run(
         [

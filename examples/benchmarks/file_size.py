@@ -34,7 +34,7 @@ from absl import app, flags, logging
 import keras_sparsity as ks
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import networks  # noqa: E402
+import models  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -65,7 +65,7 @@ def main(argv):
         if FLAGS.file:
             model = keras.saving.load_model(name, compile=False)
         else:
-            model = networks.build(name, NETWORKS[name], classes=10)
+            model = models.build(name, NETWORKS[name], classes=10)
         for sparsity in map(float, FLAGS.sparsities):
             print(f"\n{name}, {sparsity:.0%} zeros, median of {FLAGS.rounds} rounds")
             results[f"{name} {sparsity}"] = benchmark(ks.prune(model, sparsity))

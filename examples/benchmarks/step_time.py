@@ -34,7 +34,7 @@ from absl import app, flags, logging
 import keras_sparsity as ks
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
-import networks  # noqa: E402
+import models  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -116,7 +116,7 @@ def benchmark(network):
 
 
 def compiled_model(network, shape, method):
-    model = networks.build(network, shape, classes=10)
+    model = models.build(network, shape, classes=10)
     optimizer = keras.optimizers.SGD(0.1, momentum=0.9)
     if METHODS[method] is not None:
         model = ks.sparsify(model, METHODS[method])
