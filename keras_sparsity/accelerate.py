@@ -57,17 +57,19 @@ class Acceleration:
     rows: list[LayerTime]
 
     def __str__(self):
+        width = max([len("layer"), *(len(row.layer) for row in self.rows)])
         lines = [
-            f"{'layer':24}{'zeros':>8}{'dense ms':>10}{'sparse ms':>11}{'gain':>7}  runs"
+            f"{'layer':{width}}{'zeros':>8}{'dense ms':>11}{'sparse ms':>11}"
+            f"{'gain':>8}  runs"
         ]
         for row in self.rows:
             times = (
-                f"{row.dense_ms:10.3f}{row.sparse_ms:11.3f}{row.gain:7.2f}"
+                f"{row.dense_ms:11.3f}{row.sparse_ms:11.3f}{row.gain:8.2f}"
                 if row.gain
-                else f"{'-':>10}{'-':>11}{'-':>7}"
+                else f"{'-':>11}{'-':>11}{'-':>8}"
             )
             runs = "sparse" if row.is_sparse else f"dense: {row.reason}"
-            lines.append(f"{row.layer:24}{row.sparsity:8.1%}{times}  {runs}")
+            lines.append(f"{row.layer:{width}}{row.sparsity:8.1%}{times}  {runs}")
         count = sum(row.is_sparse for row in self.rows)
         lines.append(
             f"{count} of {len(self.rows)} layers run sparse at batch size "

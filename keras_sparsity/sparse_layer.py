@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from typing import Any
 
 import keras
 import numpy as np
@@ -22,7 +23,7 @@ def why_dense(layer) -> str | None:
     # Exactly these: a subclass may compute something else.
     if type(layer) not in (layers.Dense, *_CONVOLUTIONS):
         return "only Dense, Conv1D, Conv2D and Conv3D run sparse"
-    if layer.quantization_mode is not None if type(layer) is layers.Dense else False:
+    if layer.quantization_mode is not None:
         return f"its kernel is quantized to {layer.quantization_mode}"
     if layer.compute_dtype != "float32":
         return f"it computes in {layer.compute_dtype}, sparse kernels in float32"
@@ -54,7 +55,7 @@ class SparseLayer(keras.Layer):
         # A method of a copy without weights: as an attribute it would be a sublayer.
         self._output_shape_of = clone(layer).compute_output_shape
         self._activation = layer.activation
-        self._product = None
+        self._product: Any = None  # until the kernel is given
         if isinstance(layer, layers.Dense):
             self._apply = self._dense
         else:

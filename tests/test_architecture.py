@@ -17,11 +17,12 @@ PACKAGE = pathlib.Path(ks.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
 
 FLOORS = [
-    {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
-    | {"schedules", "selection", "state", "substitution"},
-    {"macs", "masks", "optimizers", "rebuild", "regularizers", "report", "wrappers"},
+    {"bounds", "checks", "distribution", "files", "handover", "products", "record"}
+    | {"replicas", "schedules", "selection", "state", "substitution", "timing"},
+    {"macs", "masks", "optimizers", "rebuild", "regularizers", "report"}
+    | {"sparse_layer", "wrappers"},
     {"transform"},
-    {"trail"},
+    {"accelerate", "trail"},
     {"__init__"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
@@ -32,13 +33,15 @@ NEIGHBORS = {
     ("record", "checks"),
     ("report", "macs"),
     ("schedules", "checks"),
+    ("sparse_layer", "rebuild"),
     ("state", "replicas"),
     ("state", "selection"),
     ("substitution", "selection"),
+    ("timing", "selection"),
 }
 
 # What is imported only inside the function that uses it.
-WHERE_USED = {"h5py", "jax", "matplotlib", "pandas", "torch"}
+WHERE_USED = {"h5py", "jax", "matplotlib", "pandas", "tensorflow", "torch"}
 
 # Modules that the package imports when they are asked for, and what they need.
 OPTIONAL = {"distribution": {"tensorflow"}}
@@ -75,6 +78,7 @@ CONTRACT = {
     "SparsityReport",
     "SparsityTrail",
     "Trail",
+    "accelerate",
     "finalize",
     "prune",
     "pruning_curve",
