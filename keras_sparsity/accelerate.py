@@ -159,7 +159,7 @@ def _choose(layer, batch_size, measure):
     row = LayerTime(
         layer=layer.name,
         layer_type=type(layer).__name__,
-        sparsity=1 - np.count_nonzero(values) / max(values.size, 1),
+        sparsity=float(np.mean(values == 0)),
         is_sparse=False,
         reason=why_dense(layer),
     )

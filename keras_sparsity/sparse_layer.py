@@ -23,8 +23,8 @@ def why_dense(layer) -> str | None:
     # Exactly these: a subclass may compute something else.
     if type(layer) not in (layers.Dense, *_CONVOLUTIONS):
         return "only Dense, Conv1D, Conv2D and Conv3D run sparse"
-    if layer.quantization_mode is not None:
-        return f"its kernel is quantized to {layer.quantization_mode}"
+    if len(layer.weights) != 1 + layer.use_bias:  # a quantized one, or its activation
+        return "it has weights beside its kernel and bias"
     if layer.compute_dtype != "float32":
         return f"it computes in {layer.compute_dtype}, sparse kernels in float32"
     if None in layer.get_build_config()["input_shape"][1:]:
@@ -52,9 +52,9 @@ class SparseLayer(keras.Layer):
         super().__init__(name=layer.name, dtype=layer.dtype_policy)
         self.supports_masking = layer.supports_masking
         self.supports_jit = keras.backend.backend() != "tensorflow"
-        # A method of a copy without weights: as an attribute it would be a sublayer.
-        self._output_shape_of = clone(layer).compute_output_shape
-        self._activation = layer.activation
+        copy = clone(layer)  # of no weights; as an attribute it would be a sublayer
+        self._output_shape_of = copy.compute_output_shape
+        self._activation = copy.activation
         self._product: Any = None  # until the kernel is given
         if isinstance(layer, layers.Dense):
             self._apply = self._dense
@@ -98,7 +98,7 @@ class SparseLayer(keras.Layer):
                 "given to `accelerate`, and call `accelerate` again."
             )
         refuse_xla()
-        return self._activation(self._apply(inputs))
+        return self._activation(self._apply(ops.cast(inputs, self.compute_dtype)))
 
     def _dense(self, x):
         *sizes, channels = ops.shape(x)

@@ -210,3 +210,17 @@ def test_the_benchmark_compares_every_method_with_the_dense_step():
     assert rows["dense"]["over dense"] == 1
     assert rows["dense"]["exp / weight"] < 1 <= rows["ltp"]["exp / weight"] < 2
     assert rows["halo"]["operations"] > rows["dense"]["operations"]
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_inference_compares_layers_and_networks():
+    command = [sys.executable, EXAMPLES / "benchmarks" / "inference.py", "--json"]
+    small = ["--network=pointwise", "--batch_size=1", "--rounds=1"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    output = subprocess.run(
+        [*command, *small], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    *table, line = output.splitlines()
+    (row,) = json.loads(line)["results"]
+    assert sum("  sparse" in line for line in table[-10:-2]) == row["sparse_layers"]
+    assert row["difference"] <= 1e-5

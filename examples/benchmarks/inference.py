@@ -12,13 +12,10 @@ without its input pipeline. A ratio is of medians in the same round.
 
 import importlib
 import json
-import os
-import pathlib
-import platform
-import re
 import statistics
 
 import keras
+import machine
 import numpy as np
 from absl import app, flags, logging
 from keras import layers
@@ -89,7 +86,7 @@ def main(argv):
         "keras": keras.__version__,
         "keras_sparsity": ks.__version__,
         "sparsity": FLAGS.sparsity,
-        "hardware": f"{processor()}, {cores()} cores",
+        "hardware": machine.hardware(),
     }
     print(*(f"{key}: {value}" for key, value in setting.items()), sep="\n")
     results = [
@@ -132,20 +129,6 @@ def benchmark(network, batch_size):
         "difference": difference,
         "sparse_layers": sum(row.is_sparse for row in fast.acceleration.rows),
     }
-
-
-def cores():
-    """How many cores this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count()
-
-
-def processor():
-    """Name of the processor, as far as the system tells."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    names = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-    return names[1] if names else platform.machine()
 
 
 if __name__ == "__main__":
