@@ -10,6 +10,7 @@ from keras import layers, ops
 
 from keras_sparsity.products import refuse_xla, sparse_product
 from keras_sparsity.rebuild import clone
+from keras_sparsity.selection import walk
 
 _CONVOLUTIONS = (layers.Conv1D, layers.Conv2D, layers.Conv3D)
 
@@ -23,7 +24,9 @@ def why_dense(layer) -> str | None:
     # Exactly these: a subclass may compute something else.
     if type(layer) not in (layers.Dense, *_CONVOLUTIONS):
         return "only Dense, Conv1D, Conv2D and Conv3D run sparse"
-    if len(layer.weights) != 1 + layer.use_bias:  # a quantized one, or its activation
+    if len(walk(layer)) > 1:
+        return "its activation is a layer, which may have weights"
+    if len(layer.weights) != 1 + layer.use_bias:  # as a quantized layer has
         return "it has weights beside its kernel and bias"
     if layer.compute_dtype != "float32":
         return f"it computes in {layer.compute_dtype}, sparse kernels in float32"
@@ -52,9 +55,9 @@ class SparseLayer(keras.Layer):
         super().__init__(name=layer.name, dtype=layer.dtype_policy)
         self.supports_masking = layer.supports_masking
         self.supports_jit = keras.backend.backend() != "tensorflow"
-        copy = clone(layer)  # of no weights; as an attribute it would be a sublayer
-        self._output_shape_of = copy.compute_output_shape
-        self._activation = copy.activation
+        # A method of a copy without weights: as an attribute it would be a sublayer.
+        self._output_shape_of = clone(layer).compute_output_shape
+        self._activation = layer.activation
         self._product: Any = None  # until the kernel is given
         if isinstance(layer, layers.Dense):
             self._apply = self._dense
