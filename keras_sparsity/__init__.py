@@ -2,6 +2,7 @@
 
 import importlib
 
+from keras_sparsity.accelerate import accelerate
 from keras_sparsity.masks import KeepZeros, MagnitudePruning
 from keras_sparsity.optimizers import SparsityOptimizer
 from keras_sparsity.recalibration import recalibrate
@@ -32,6 +33,7 @@ __all__ = [
     "SparsityTarget",
     "SparsityTrail",
     "Trail",
+    "accelerate",
     "export_litert",
     "finalize",
     "prune",

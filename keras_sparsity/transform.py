@@ -65,7 +65,7 @@ def sparsify(model, method, filters=None):
     model = ks.sparsify(model, functools.partial(ks.LTP, l0=1e-6), filters="conv")
     ```
     """
-    _check(model, "sparsify")
+    check_rewritable(model, "sparsify")
     check_filters(filters)
     if isinstance(method, keras.regularizers.Regularizer):
         wrap = functools.partial(_penalize, regularizer=method)
@@ -174,7 +174,7 @@ def finalize(model, keep_zeros=False):
     small = ks.finalize(tuned)
     ```
     """
-    _check(model, "finalize")
+    check_rewritable(model, "finalize")
     check_weights(model)
     values = {
         id(governed.variable): to_array(governed.effective)
@@ -230,7 +230,7 @@ def prune(model, sparsity, scope="global", filters=None):
 
     - [Seto et al., HALO](https://arxiv.org/abs/2008.10183): the last step.
     """
-    _check(model, "prune")
+    check_rewritable(model, "prune")
     sparsity = check_sparsity("sparsity", sparsity)
     if scope not in ("global", "layer"):
         raise ValueError(
@@ -272,7 +272,7 @@ def pruning_curve(
         print(point["sparsity"], point["accuracy"])
     ```
     """
-    _check(model, "pruning_curve")
+    check_rewritable(model, "pruning_curve")
     if not model.compiled:
         raise ValueError(
             "Argument `model` of `pruning_curve` must be compiled with the metrics to "
@@ -311,7 +311,7 @@ def pruning_curve(
     return curve
 
 
-def _check(model, function):
+def check_rewritable(model, function):
     check_model(model, function)
     for layer in walk(model):
         if getattr(layer, "lora_enabled", False):

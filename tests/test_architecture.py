@@ -17,12 +17,12 @@ PACKAGE = pathlib.Path(ks.__file__).parent
 TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")}
 
 FLOORS = [
-    {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
-    | {"schedules", "selection", "state", "substitution"},
+    {"bounds", "checks", "distribution", "files", "handover", "products", "record"}
+    | {"replicas", "schedules", "selection", "state", "substitution", "timing"},
     {"counting", "macs", "masks", "optimizers", "rebuild", "recalibration"}
-    | {"regularizers", "report", "saving", "wrappers"},
+    | {"regularizers", "report", "saving", "sparse_layer", "wrappers"},
     {"target", "transform"},
-    {"trail"},
+    {"accelerate", "trail"},
     {"__init__"},
     {"__main__"},
 ]
@@ -34,9 +34,11 @@ NEIGHBORS = {
     ("record", "checks"),
     ("report", "macs"),
     ("schedules", "checks"),
+    ("sparse_layer", "rebuild"),
     ("state", "replicas"),
     ("state", "selection"),
     ("substitution", "selection"),
+    ("timing", "selection"),
 }
 
 # What is imported only inside the function that uses it.
@@ -78,6 +80,7 @@ CONTRACT = {
     "SparsityTarget",
     "SparsityTrail",
     "Trail",
+    "accelerate",
     "export_litert",
     "finalize",
     "prune",

@@ -239,3 +239,17 @@ def test_file_sizes_are_compared_with_the_plain_file(tmp_path):
     assert 0.045 < rows["reference"]["over save"] < 0.06
     assert rows["reference"]["bytes"] < rows["save_model"]["bytes"]
     assert rows["save_model"]["over save"] < 0.1
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_inference_compares_layers_and_networks():
+    command = [sys.executable, EXAMPLES / "benchmarks" / "inference.py", "--json"]
+    small = ["--network=pointwise", "--batch_size=1", "--rounds=1"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    output = subprocess.run(
+        [*command, *small], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    *table, line = output.splitlines()
+    (row,) = json.loads(line)["results"]
+    assert sum("  sparse" in line for line in table[-10:-2]) == row["sparse_layers"]
+    assert row["difference"] <= 1e-5

@@ -19,15 +19,14 @@ import importlib
 import itertools
 import json
 import math
-import os
 import pathlib
-import platform
 import re
 import statistics
 import sys
 import time
 
 import keras
+import machine
 import programs
 from absl import app, flags, logging
 
@@ -75,7 +74,7 @@ def main(argv):
         "keras": keras.__version__,
         "keras_sparsity": ks.__version__,
         "jit_compile": FLAGS.jit_compile,
-        "hardware": f"{processor()}, {os.cpu_count()} cores",
+        "hardware": machine.hardware(),
     }
     print(*(f"{key}: {value}" for key, value in setting.items()), sep="\n")
     results = {network: benchmark(network) for network in FLAGS.network}
@@ -260,13 +259,6 @@ def sum_up(operations):
             n for name, out in operations if exponential.fullmatch(name) for n, _ in out
         ),
     }
-
-
-def processor():
-    """Name of the processor, as far as the system tells."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    names = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-    return names[1] if names else platform.machine()
 
 
 if __name__ == "__main__":
