@@ -2,6 +2,7 @@
 
 import importlib
 
+from keras_sparsity.compact import compact
 from keras_sparsity.masks import KeepZeros, MagnitudePruning
 from keras_sparsity.optimizers import SparsityOptimizer
 from keras_sparsity.record import Trail
@@ -28,6 +29,7 @@ __all__ = [
     "SparsityReport",
     "SparsityTrail",
     "Trail",
+    "compact",
     "finalize",
     "prune",
     "pruning_curve",

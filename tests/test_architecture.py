@@ -18,9 +18,18 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
 
 FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
-    | {"schedules", "selection", "state", "substitution"},
-    {"macs", "masks", "optimizers", "rebuild", "regularizers", "report", "wrappers"},
-    {"transform"},
+    | {"schedules", "selection", "state", "substitution", "units"},
+    {
+        "influence",
+        "macs",
+        "masks",
+        "optimizers",
+        "rebuild",
+        "regularizers",
+        "report",
+        "wrappers",
+    },
+    {"compact", "transform"},
     {"trail"},
     {"__init__"},
 ]
@@ -30,11 +39,13 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 NEIGHBORS = {
     ("macs", "rebuild"),
     ("record", "checks"),
+    ("report", "influence"),
     ("report", "macs"),
     ("schedules", "checks"),
     ("state", "replicas"),
     ("state", "selection"),
     ("substitution", "selection"),
+    ("units", "selection"),
 }
 
 # What is imported only inside the function that uses it.
@@ -48,10 +59,10 @@ PRIVATE = {
     ("bounds", "_use_weight_decay"): "which variables an optimizer decays",
     ("handover", "_version"): "torch: whether a tensor was changed in place",
     ("macs", "_layers"): "the layers in a layer that is no model",
-    ("macs", "_nodes_by_depth"): "every call of a layer, and the sizes there",
     ("optimizers", "_iterations"): "one count of steps for two optimizers",
     ("optimizers", "_model_variables_moving_average"): "the averages of two optimizers",
     ("selection", "_layers"): "the layers in a layer that is no model",
+    ("selection", "_nodes_by_depth"): "every call of a layer, and the sizes there",
     ("selection", "_trainable_variables"): "what a frozen layer would train",
     ("substitution", "_clear_losses"): "losses of a call that are counted elsewhere",
     ("trail", "_initial_epoch"): "the epoch at which `fit` begins",
@@ -75,6 +86,7 @@ CONTRACT = {
     "SparsityReport",
     "SparsityTrail",
     "Trail",
+    "compact",
     "finalize",
     "prune",
     "pruning_curve",
