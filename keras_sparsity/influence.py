@@ -116,10 +116,10 @@ class _Network:
                 raise Obstacle("may mix units")
             if count > 1:
                 raise Obstacle("is called more than once")
-            if any(
-                value is not None and value is not False for value in kwargs.values()
-            ):
-                raise Obstacle(f"is called with {', '.join(kwargs)}")
+            # As `training=True`, or a mask. `training=False` is as always here.
+            given = [k for k, v in kwargs.items() if v is not None and v is not False]
+            if given:
+                raise Obstacle(f"is called with {', '.join(given)}")
             if not {weight.name for weight in layer.weights} <= _WEIGHTS:
                 raise Obstacle("has weights of another kind")
             return KINDS[type(layer)](layer, self, node.input_tensors, node.outputs[0])
