@@ -5,6 +5,7 @@ import importlib
 from keras_sparsity.compact import compact
 from keras_sparsity.masks import KeepZeros, MagnitudePruning
 from keras_sparsity.optimizers import SparsityOptimizer
+from keras_sparsity.recalibration import recalibrate
 from keras_sparsity.record import Trail
 from keras_sparsity.regularizers import HALO, MCP, SWS
 from keras_sparsity.report import SparsityReport, report
@@ -33,6 +34,7 @@ __all__ = [
     "finalize",
     "prune",
     "pruning_curve",
+    "recalibrate",
     "report",
     "sparsify",
 ]

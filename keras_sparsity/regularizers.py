@@ -115,6 +115,8 @@ class HALO(KernelPenalty):
     Attributes:
         scale: Float32 variable of the kernel's shape, named `halo_scale`. It exists
             once the kernel does and the layer's `losses` were read, which `fit` does.
+        strength: Float32 scalar variable, 1 unless `SparsityTarget` steers it: the
+            factor on the penalty.
 
     Raises:
         ValueError: If an argument is out of its range, or if one instance is given a
@@ -162,6 +164,10 @@ class HALO(KernelPenalty):
             constraint=Bounds(self.scale_floor, self.scale_ceiling),
             autocast=False,
         )
+        # A variable, since `SparsityTarget` changes it while training is compiled.
+        self.strength = self.add_weight(
+            name="halo_strength", shape=(), initializer="ones", trainable=False
+        )
 
     def penalty(self, w):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""
@@ -195,7 +201,7 @@ class HALO(KernelPenalty):
 
             return value, grad
 
-        return penalty(w, ops.cast(self.scale, "float32"))
+        return self.strength * penalty(w, ops.cast(self.scale, "float32"))
 
     def get_config(self):
         config = {

@@ -16,7 +16,7 @@ Filters: TypeAlias = str | Sequence[str] | Callable[[Any], bool] | None
 
 # Optimizers see variables and nothing else, so the name must tell.
 _METHOD_VARIABLE = re.compile(
-    r"(halo|sws|ltp|magnitude|keep)_(scale|threshold|mask|step)"
+    r"(halo|sws|ltp|magnitude|keep)_(scale|threshold|mask|step|strength)"
 )
 
 
@@ -160,7 +160,7 @@ def check_weights(model) -> None:
 
 
 def is_method_variable(variable) -> bool:
-    """Whether `variable` is a method's own: a scale, a threshold, a mask, a step."""
+    """Whether `variable` is a method's own, as a scale, a threshold or a mask is."""
     return _METHOD_VARIABLE.match(variable.name) is not None
 
 

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 import numbers
 import pathlib
 import re
@@ -12,25 +11,13 @@ from typing import Any
 
 import keras
 import numpy as np
-from keras import ops
 
+from keras_sparsity.counting import NEAR_ZERO, count_zeros, counted_weights, finite
 from keras_sparsity.files import written_whole
 from keras_sparsity.record import FORMAT, pareto_front, read_lines, read_points
 from keras_sparsity.replicas import all_workers_have, is_chief
-from keras_sparsity.selection import (
-    Governed,
-    full_precision,
-    governed_weights,
-    name_within,
-    prunable,
-)
 from keras_sparsity.state import restore_training_state, training_state
 from keras_sparsity.transform import finalize
-
-# The resolution of float16: a sum in it that holds the largest weight of a tensor would
-# not notice one below this part of it. Relative to the tensor, so that a layer and any
-# multiple of it, which batch normalization makes equal, count the same.
-_NEAR_ZERO = 2**-10
 
 # What the names of Keras' own losses and metrics tell about the better direction.
 _LOWER = re.compile("loss|error|entropy|divergence|poisson|hinge|cosh|ms[el]|ma[ep]")
@@ -146,7 +133,7 @@ class SparsityTrail(keras.callbacks.Callback):
         # On TensorFlow a model may be built by its first batch only.
         if self.model.built:
             _ = self.model.losses  # a penalty finds its weight when it is computed
-            self._claim_directory(_counted_weights(self.model))
+            self._claim_directory(counted_weights(self.model))
             if self.keep != "none":
                 finalize(self.model)  # raises now what it would after an epoch
 
@@ -194,7 +181,7 @@ class SparsityTrail(keras.callbacks.Callback):
                 f"{recorded} epochs, the last ones recorded without `resume=True`: "
                 f"its state is that of epoch {len(self._records)}."
             )
-        self._claim_directory(_counted_weights(self.model))
+        self._claim_directory(counted_weights(self.model))
         try:
             restore_training_state(self.model, state)
         except ValueError as error:
@@ -224,15 +211,15 @@ class SparsityTrail(keras.callbacks.Callback):
                 "and are needed at every epoch: `validation_freq=1`). "
                 f"Received: monitor={self.monitor!r}"
             )
-        weights = _counted_weights(self.model)
+        weights = counted_weights(self.model)
         self._claim_directory(weights)
-        counts = _count_zeros(weights)
+        counts = count_zeros(weights)
         logs["sparsity"] = counts["sparsity"]
         record = {
             "epoch": len(self._records) + 1,
             "seconds": time.monotonic() - self._began,
             **counts,
-            "metrics": {name: _finite(value) for name, value in metrics.items()},
+            "metrics": {name: finite(value) for name, value in metrics.items()},
         }
         self._records.append(record)
         self._write(epoch)
@@ -243,7 +230,7 @@ class SparsityTrail(keras.callbacks.Callback):
             "format": FORMAT,
             "monitor": self.monitor,
             "mode": self.mode,
-            "near_zero": f"abs(w) <= {_NEAR_ZERO} * max(abs(w)) of its tensor",
+            "near_zero": f"abs(w) <= {NEAR_ZERO} * max(abs(w)) of its tensor",
             "weights": [
                 f"{name} {tuple(weight.variable.shape)} {weight.method}"
                 for name, weight in weights.items()
@@ -318,46 +305,3 @@ def _direction(monitor):
         "Argument `mode` must be 'max' or 'min' where the name of the metric does not "
         f"tell which is better. Received: mode='auto', monitor={monitor!r}"
     )
-
-
-def _counted_weights(model):
-    """The weights that sparsity is counted over, by name."""
-    weights = governed_weights(model) or [
-        Governed(v, "none", full_precision(v)) for v in prunable(model)
-    ]
-    named: dict[str, Governed] = {}
-    for weight in weights:
-        name = name_within(model, weight.variable)
-        while name in named:  # a layer may have two of one name in it
-            name += "+"
-        named[name] = weight
-    return named
-
-
-def _count_zeros(weights):
-    rows, total, zeros, near_zeros = {}, 0, 0, 0
-    for name, weight in weights.items():
-        magnitude = ops.abs(weight.effective)
-        limit = _NEAR_ZERO * ops.max(magnitude)
-        size = math.prod(magnitude.shape)
-        zero = int(ops.sum(ops.cast(ops.equal(magnitude, 0), "int32")))
-        near = int(ops.sum(ops.cast(ops.less_equal(magnitude, limit), "int32")))
-        threshold = weight.threshold
-        if threshold is not None:
-            threshold = _finite(float(ops.convert_to_numpy(threshold)))
-        rows[name] = {
-            "sparsity": zero / size,
-            "near_zero": near / size,
-            "threshold": threshold,
-        }
-        total, zeros, near_zeros = total + size, zeros + zero, near_zeros + near
-    return {
-        "sparsity": zeros / max(total, 1),
-        "near_zero": near_zeros / max(total, 1),
-        "weights": rows,
-    }
-
-
-def _finite(value):
-    """JSON has no NaN and no infinity: they become null."""
-    return value if math.isfinite(value) else None

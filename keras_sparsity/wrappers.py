@@ -82,6 +82,8 @@ class LTP(SubstitutingWrapper):
     Attributes:
         thresholds: List of float32 scalar variables, one for each gated weight, named
             `ltp_threshold_...`, in `threshold_units`.
+        strength: Float32 scalar variable, 1 unless `SparsityTarget` steers it: the
+            factor on `l0`.
 
     Raises:
         ValueError: If an argument is out of its range, if the layer has nothing to
@@ -137,6 +139,15 @@ class LTP(SubstitutingWrapper):
             )
             for index, variable in enumerate(variables)
         ]
+        # A variable, since `SparsityTarget` changes it while training is compiled.
+        self.strength = self.add_weight(
+            name="ltp_strength",
+            shape=(),
+            dtype="float32",
+            initializer="ones",
+            trainable=False,
+            autocast=False,
+        )
 
     def _price(self, index, threshold):
         variable = self.gated[index]
@@ -145,7 +156,8 @@ class LTP(SubstitutingWrapper):
         # The count's value, with its exact derivative: nothing else of the gate is
         # kept from the call, no graph and no tensor of the kernel's size.
         threshold = ops.convert_to_tensor(threshold)
-        return self.l0 * (count + slope * (threshold - ops.stop_gradient(threshold)))
+        count = count + slope * (threshold - ops.stop_gradient(threshold))
+        return self.strength * (self.l0 * count)
 
     def _measure(self, variable, threshold):
         """Squares of the weights, `tau`, the unit of the threshold and `Var(|w|)`."""

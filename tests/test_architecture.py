@@ -19,16 +19,8 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
 FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
     | {"schedules", "selection", "state", "substitution", "units"},
-    {
-        "influence",
-        "macs",
-        "masks",
-        "optimizers",
-        "rebuild",
-        "regularizers",
-        "report",
-        "wrappers",
-    },
+    {"counting", "influence", "macs", "masks", "optimizers", "rebuild"}
+    | {"recalibration", "regularizers", "report", "wrappers"},
     {"compact", "transform"},
     {"trail"},
     {"__init__"},
@@ -90,6 +82,7 @@ CONTRACT = {
     "finalize",
     "prune",
     "pruning_curve",
+    "recalibrate",
     "report",
     "sparsify",
 }

@@ -1,0 +1,115 @@
+"""Batch statistics measured anew, for weights that are no longer what they were."""
+
+import contextlib
+import functools
+
+import keras
+from keras import tree
+
+from keras_sparsity.selection import to_array, walk
+
+
+def recalibrate(model, dataset, batch_size=32):
+    """Sets the statistics of batch normalization to those of `dataset`, in place.
+
+    ```
+    moving_mean     = mean over the batches of the mean of each
+    moving_variance = mean over the batches of the variance of each
+    ```
+
+    A prune, or a gate that turns from soft to hard, changes what the layers after it
+    receive, and statistics that were gathered before no longer fit. No label is
+    needed, nothing is trained: each batch passes through the model once, in inference
+    (hard gates, no dropout), but for batch normalization, which normalizes each batch
+    by its own statistics while it gathers them. A layer that is frozen is left as it
+    is, and so is a model without batch normalization.
+
+    Args:
+        model: A built `keras.Model` of any kind, sparse, pruned or plain.
+        dataset: Inputs as `keras.Model.predict` takes them: an array, a structure of
+            arrays of equal length, or an iterable of batches, of which tuples are
+            taken as `(x, y)` or `(x, y, sample_weight)`. Some thousand examples of
+            the training data are enough.
+        batch_size: Integer > 0, for arrays: those that training was done with give
+            the same statistics. Defaults to 32.
+
+    Returns:
+        `model`.
+
+    Raises:
+        ValueError: If `dataset` is empty. The statistics are then as before, as they
+            are if a batch fails.
+
+    Example:
+
+    ```python
+    small = ks.prune(model, 0.95)
+    ks.recalibrate(small, x_train[:10_000], batch_size=100)
+    ```
+
+    Reference:
+
+    - [Wu and Johnson, Rethinking "Batch" in BatchNorm](
+        https://arxiv.org/abs/2105.07576), section 3: "PreciseBN".
+    """
+    layers = [
+        layer
+        for layer in walk(model)
+        if isinstance(layer, keras.layers.BatchNormalization) and layer.trainable
+    ]
+    statistics = [v for layer in layers for v in layer.non_trainable_variables]
+    before = [(variable, to_array(variable)) for variable in statistics]
+    seen = 0
+    try:
+        with _gathering(layers):
+            for x in _batches(dataset, batch_size):
+                count = len(tree.flatten(x)[0])
+                for layer in layers:
+                    layer.momentum = seen / (seen + count)
+                model(x, training=False)
+                seen += count
+    except BaseException:
+        for variable, value in before:
+            variable.assign(value)
+        raise
+    if not seen:
+        raise ValueError(
+            "Argument `dataset` must have at least one batch of inputs. "
+            f"Received: dataset={dataset!r}"
+        )
+    return model
+
+
+@contextlib.contextmanager
+def _gathering(layers):
+    """Lets `layers` gather statistics in a model that does inference."""
+    momenta = [layer.momentum for layer in layers]
+    # Keras asks for the mode of a whole model: there dropout and soft gates would come
+    # along. On the objects, not the class, and for the time being.
+    for layer in layers:
+        layer.call = functools.partial(_call_in_training, layer)
+    try:
+        yield
+    finally:
+        for layer, momentum in zip(layers, momenta, strict=True):
+            del layer.call
+            layer.momentum = momentum
+
+
+def _call_in_training(layer, inputs, training=None, mask=None):
+    return type(layer).call(layer, inputs, training=True, mask=mask)
+
+
+def _batches(dataset, batch_size):
+    leaves = tree.flatten(dataset)
+    if all(hasattr(leaf, "shape") for leaf in leaves):
+        for start in range(0, len(leaves[0]), batch_size):
+            yield tree.map_structure(
+                lambda array, start=start: array[start : start + batch_size], dataset
+            )
+    elif isinstance(dataset, keras.utils.PyDataset):
+        for index in range(len(dataset)):
+            yield keras.utils.unpack_x_y_sample_weight(dataset[index])[0]
+    else:
+        for batch in dataset:
+            yield keras.utils.unpack_x_y_sample_weight(batch)[0]
