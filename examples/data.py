@@ -56,8 +56,10 @@ def load(name, data_dir=None, download=False, image_size=None, validation=0.1, s
     """Loads a data set and holds a validation set out of its training images.
 
     Args:
-        name: `"digits"`, or the name of an image classification data set of
-            tensorflow-datasets, such as `"fashion_mnist"`.
+        name: `"digits"`, the name of an image classification data set of
+            tensorflow-datasets, such as `"fashion_mnist"`, or the path of a file
+            `....npz` with the arrays `x_train`, `y_train`, `x_test` and `y_test`,
+            images in 0 to 255.
         data_dir: Where tensorflow-datasets keeps its data. Defaults to its own
             choice, `~/tensorflow_datasets`.
         download: Whether tensorflow-datasets may download what is not there.
@@ -68,6 +70,8 @@ def load(name, data_dir=None, download=False, image_size=None, validation=0.1, s
     """
     if name == "digits":
         train, test, classes = _digits()
+    elif name.endswith(".npz"):
+        train, test, classes = _arrays(name)
     else:
         train, test, classes = _tfds(name, data_dir, download, image_size)
     train, held_out = _split(*train, validation, seed)
@@ -102,6 +106,15 @@ def _digits():
     # The test set is the same whatever the seed of the run.
     train, test = _split(images, digits.target, fraction=0.2, seed=0)
     return train, test, 10
+
+
+def _arrays(path):
+    with np.load(path) as file:
+        train, test = (
+            ((file[f"x_{part}"] / 255).astype("float32"), file[f"y_{part}"].ravel())
+            for part in ("train", "test")
+        )
+    return train, test, int(train[1].max()) + 1
 
 
 def _tfds(name, data_dir, download, image_size):

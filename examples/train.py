@@ -4,7 +4,6 @@ Without any flag: a small convolutional network on scikit-learn's handwritten
 digits, pruned by LTP. `--helpshort` lists the other methods, networks and settings.
 """
 
-import contextlib
 import functools
 import importlib
 import json
@@ -17,14 +16,17 @@ import tempfile
 import time
 
 import data as data_sets
+import devices
 import keras
 import networks
+import settings
 from absl import app, flags, logging
 
 import keras_sparsity as ks
 from keras_sparsity.replicas import is_chief
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(devices)
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 flags.DEFINE_enum(
@@ -54,21 +56,8 @@ flags.DEFINE_bool(
     "resume",
     False,
     "Keep the state of the training in the output directory, and go on from it: the "
-    "same command again finishes a run that was killed.",
-)
-flags.DEFINE_enum(
-    "strategy",
-    "none",
-    ["none", "mirrored", "multi_worker", "data_parallel"],
-    "Several devices: mirrored over all of this machine, or multi_worker as TF_CONFIG "
-    "says (TensorFlow); data_parallel (JAX).",
-)
-
-flags.DEFINE_integer(
-    "virtual_devices",
-    None,
-    "Split the CPU into as many devices, to try a strategy without GPUs.",
-    lower_bound=1,
+    "same command again finishes a run that was killed. Settings that lead to another "
+    "result are refused.",
 )
 
 flags.DEFINE_string(
@@ -162,53 +151,8 @@ for name in ("temperature", "multiplier"):
 def main(argv):
     del argv
     fill_defaults()
-    with devices():
+    with devices.scope():
         run()
-
-
-def devices():
-    """The scope in which everything is done, by `--strategy`."""
-    backend = {"none": keras.backend.backend(), "data_parallel": "jax"}.get(
-        FLAGS.strategy, "tensorflow"
-    )
-    if backend != keras.backend.backend():
-        raise app.UsageError(
-            f"--strategy={FLAGS.strategy} needs KERAS_BACKEND={backend}. "
-            f"Received: {keras.backend.backend()}"
-        )
-    match FLAGS.strategy:
-        case "mirrored":
-            tf = quiet_tensorflow()
-            if FLAGS.virtual_devices:
-                cpu, *_ = tf.config.list_physical_devices("CPU")
-                parts = [tf.config.LogicalDeviceConfiguration()] * FLAGS.virtual_devices
-                tf.config.set_logical_device_configuration(cpu, parts)
-            # By name, since TensorFlow by itself takes one device where none is a GPU.
-            kind = "GPU" if tf.config.list_physical_devices("GPU") else "CPU"
-            names = [device.name for device in tf.config.list_logical_devices(kind)]
-            if len(names) > 1:
-                return tf.distribute.MirroredStrategy(names).scope()
-            print("There is one device: no strategy is needed.")
-        case "multi_worker":
-            quiet_tensorflow()
-            from keras_sparsity.distribution import MultiWorkerMirroredStrategy
-
-            return MultiWorkerMirroredStrategy().scope()
-        case "data_parallel":
-            if FLAGS.virtual_devices:
-                import jax
-
-                jax.config.update("jax_num_cpu_devices", FLAGS.virtual_devices)
-            return keras.distribution.DataParallel().scope()
-    return contextlib.nullcontext()
-
-
-def quiet_tensorflow():
-    """TensorFlow without a line for every reduction over the replicas."""
-    import tensorflow as tf
-
-    tf.get_logger().setLevel("WARNING")
-    return tf
 
 
 def run():
@@ -223,8 +167,7 @@ def run():
         validation=FLAGS.validation_split,
         seed=FLAGS.seed,
     )
-    if FLAGS.strategy == "data_parallel":
-        data = evenly(data, len(keras.distribution.list_devices()))
+    data = devices.shared_out(data)
     model = networks.build(FLAGS.model, data.train[0].shape[1:], data.classes)
     output = pathlib.Path(FLAGS.output)
     together = FLAGS.resume or FLAGS.strategy == "multi_worker"
@@ -235,6 +178,8 @@ def run():
         scratch = tempfile.TemporaryDirectory()
         output = pathlib.Path(scratch.name)
     output.mkdir(parents=True, exist_ok=True)
+    if together:
+        settings.claim(trails, flag_values(), model, FLAGS.resume)
 
     if FLAGS.pretrain_epochs:
         fit(model, data, FLAGS.pretrain_epochs, "dense training", trails / "dense")
@@ -258,7 +203,7 @@ def run():
     results["sparse"] = measure(sparse, data, output / "sparse.keras")
     curve = [float(sparsity) for sparsity in FLAGS.curve]
     if curve:
-        results["curve"] = ks.pruning_curve(model, *data.test, curve)
+        results["curve"] = ks.pruning_curve(model, *data.test, curve, FLAGS.batch_size)
     if not is_chief(model):
         return
 
@@ -269,22 +214,6 @@ def run():
     folder = (trails / "trail").relative_to(output)
     written = f"sparse.keras (plain Keras), {folder}/, trail.png, results.jsonl"
     print(f"\nWritten to {output}/: {written}")
-
-
-def evenly(data, devices):
-    """Every set without the few last images that JAX cannot share out evenly."""
-    if FLAGS.batch_size % devices:
-        raise app.UsageError(
-            f"--batch_size must be a multiple of the {devices} devices. "
-            f"Received: {FLAGS.batch_size}"
-        )
-
-    def cut(images, labels):
-        count = len(images) // devices * devices
-        return images[:count], labels[:count]
-
-    sets = (cut(*pair) for pair in (data.train, data.validation, data.test))
-    return data_sets.Data(*sets, data.classes)
 
 
 def fill_defaults():
@@ -299,6 +228,12 @@ def fill_defaults():
     for name, value in defaults.items():
         if FLAGS[name].value is None:
             FLAGS[name].value = value
+
+
+def flag_values():
+    """The values of all flags of this script, by name."""
+    key_flags = FLAGS.get_key_flags_for_module(sys.modules[__name__])
+    return {flag.name: flag.value for flag in key_flags}
 
 
 def step_count(data, epochs):
@@ -405,10 +340,7 @@ def record(path, results, seconds):
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "backend": backend,
         "versions": versions,
-        "settings": {
-            flag.name: flag.value
-            for flag in FLAGS.get_key_flags_for_module(sys.modules[__name__])
-        },
+        "settings": flag_values(),
         "seconds": round(seconds, 1),
         **results,
     }

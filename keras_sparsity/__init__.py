@@ -9,7 +9,9 @@ from keras_sparsity.recalibration import recalibrate
 from keras_sparsity.record import Trail
 from keras_sparsity.regularizers import HALO, MCP, SWS
 from keras_sparsity.report import SparsityReport, report
+from keras_sparsity.saving import export_litert, save_model
 from keras_sparsity.schedules import ConstantSparsity, CubicSparsity
+from keras_sparsity.target import SparsityTarget
 from keras_sparsity.trail import SparsityTrail
 from keras_sparsity.transform import finalize, prune, pruning_curve, sparsify
 from keras_sparsity.wrappers import LTP, Penalized
@@ -28,14 +30,17 @@ __all__ = [
     "Penalized",
     "SparsityOptimizer",
     "SparsityReport",
+    "SparsityTarget",
     "SparsityTrail",
     "Trail",
     "compact",
+    "export_litert",
     "finalize",
     "prune",
     "pruning_curve",
     "recalibrate",
     "report",
+    "save_model",
     "sparsify",
 ]
 

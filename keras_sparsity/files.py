@@ -1,7 +1,8 @@
-"""Files that are put in place whole, or not at all."""
+"""Files that are put in place whole, or not at all, and small ones."""
 
 import contextlib
 import os
+import zipfile
 
 
 @contextlib.contextmanager
@@ -10,7 +11,7 @@ def written_whole(path):
 
     Whatever ends the writing early, a crash or a full disk, leaves what was there.
     """
-    beside = path.with_name(f"unfinished{path.suffix}")
+    beside = path.with_name(f"unfinished-{path.name}")
     try:
         yield beside
         with open(beside, "rb+") as file:
@@ -24,3 +25,16 @@ def written_whole(path):
                 f"Received: {error}"
             ) from error
         raise
+
+
+def write_archive(file, members):
+    """Writes the zip archive of `{name: bytes}`, compressed.
+
+    By deflate, which every Python has: bzip2 makes sparse models a sixth smaller, but
+    takes two to three times as long to read, for dense ones ten times, and is missing
+    from some builds of Python; LZMA is larger than bzip2 and takes twenty times as long
+    to write. `examples/benchmarks/file_size.py` measures them.
+    """
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)

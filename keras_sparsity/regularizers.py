@@ -1,5 +1,6 @@
 """Penalties that make weights small enough to prune: HALO, SWS and MCP."""
 
+import math
 import weakref
 
 import keras
@@ -135,6 +136,9 @@ class HALO(KernelPenalty):
         starts the scales at 1, as is done here.
     """
 
+    # Beyond, the pull at the floor throws weights about, and their scales rise again.
+    strength_range = (0.1, 10.0)
+
     def __init__(
         self,
         xi,
@@ -168,6 +172,11 @@ class HALO(KernelPenalty):
         self.strength = self.add_weight(
             name="halo_strength", shape=(), initializer="ones", trainable=False
         )
+
+    def count_pruned(self):
+        """How many weights it has given up, their scales at the floor, of how many."""
+        at_floor = ops.less_equal(self.scale, 2 * self.scale_floor)
+        return int(ops.sum(ops.cast(at_floor, "int32"))), math.prod(self.scale.shape)
 
     def penalty(self, w):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""

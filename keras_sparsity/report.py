@@ -2,12 +2,12 @@
 
 import dataclasses
 import io
-import zipfile
 
 import keras
 import numpy as np
 from keras import ops
 
+from keras_sparsity.files import write_archive
 from keras_sparsity.influence import DeadUnits, dead_units
 from keras_sparsity.macs import uses_in_model
 from keras_sparsity.selection import (
@@ -76,9 +76,9 @@ class SparsityReport:
         macs: Multiply-accumulate operations per sample with weights, if nothing were
             zero; `None` if those of one weight are not known.
         effective_macs: Those with values that are not zero.
-        compressed_bytes: Size of the finalized model's file with its members
-            compressed by deflate, estimated from its config and weights: within a few
-            percent, in files of a few kilobytes within about a tenth.
+        compressed_bytes: Size of the file that `save_model` writes of the finalized
+            model, estimated from config and weights: within a few percent, in files of
+            a few kilobytes within about a tenth.
         dead_units: List of `DeadUnits`: neurons and filters that have no influence, and
             why they must stay, or that `compact` removes them. Those of layers that a
             method governs are not looked for.
@@ -259,10 +259,14 @@ def _compressed_bytes(model, weights):
             group.attrs["name"] = layer
             group.create_dataset(str(index), data=array)
     archive = io.BytesIO()
-    with zipfile.ZipFile(archive, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("metadata.json", keras.__version__)
-        file.writestr("config.json", model.to_json())
-        file.writestr("model.weights.h5", hdf5.getvalue())
+    write_archive(
+        archive,
+        {
+            "metadata.json": keras.__version__,
+            "config.json": model.to_json(),
+            "model.weights.h5": hdf5.getvalue(),
+        },
+    )
     return len(archive.getvalue())
 
 

@@ -47,14 +47,14 @@ def walk(layer) -> list:
     return list(found.values())
 
 
-def check_model(model, function: str) -> None:
-    """Raises unless `model` is a built Sequential or Functional model."""
+def check_model(model, function: str, rewritable: bool = True) -> None:
+    """Raises unless `model` is built, and Sequential or Functional if `rewritable`."""
     if not isinstance(model, keras.Model):
         raise TypeError(
             f"Argument `model` of `{function}` must be a `keras.Model`. "
             f"Received: model={model!r}"
         )
-    if not is_rewritable(model):
+    if rewritable and not is_rewritable(model):
         raise TypeError(
             f"Argument `model` of `{function}` must be a Sequential or Functional "
             f"model. Received the subclassed model {type(model).__name__}: its layers "

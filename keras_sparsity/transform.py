@@ -239,7 +239,13 @@ def prune(model, sparsity, scope="global", filters=None):
     return _plain(model, pruned_values(model, sparsity, scope, filters))
 
 
-def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)):
+def pruning_curve(
+    model,
+    x,
+    y=None,
+    sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99),
+    batch_size: int | None = None,
+):
     """The compiled metrics of `prune(model, s)` for each `s`.
 
     Args:
@@ -247,6 +253,8 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
         x, y: What `model.evaluate` takes, but no generator: they are gone through once
             for each sparsity.
         sparsities: Sequence of floats in [0, 1).
+        batch_size: Integer, samples per batch of `model.evaluate`, for arrays.
+            Defaults to `None`: what Keras takes, 32.
 
     Returns:
         A list of dicts, one for each sparsity: `"sparsity"` and the metrics.
@@ -296,7 +304,7 @@ def pruning_curve(model, x, y=None, sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99)
     for sparsity, weights in zip(sparsities, values, strict=True):
         for key, value in weights.items():
             variables[key].assign(value)
-        metrics = small.evaluate(x, y, verbose=0, return_dict=True)
+        metrics = small.evaluate(x, y, batch_size, verbose=0, return_dict=True)
         curve.append({"sparsity": sparsity, **metrics})
     return curve
 

@@ -1,6 +1,7 @@
 """Layers around layers: LTP, which learns thresholds, and Penalized."""
 
 import functools
+import math
 
 import keras
 from keras import ops
@@ -100,6 +101,9 @@ class LTP(SubstitutingWrapper):
     - [Azarian et al., Learned Threshold Pruning](https://arxiv.org/abs/2003.00075),
         section 3. The units of the variance are this package's.
     """
+
+    # The range in which `SparsityTarget` looks for the right factor on `l0`.
+    strength_range = (0.01, 1e4)
 
     def __init__(
         self,
@@ -209,6 +213,12 @@ class LTP(SubstitutingWrapper):
                 strict=True,
             )
         ]
+
+    def count_pruned(self):
+        """How many of the gated weights inference computes without, of how many."""
+        gates = self.effective_weights(training=False)
+        zeros = sum(int(ops.sum(ops.cast(ops.equal(w, 0), "int32"))) for w in gates)
+        return zeros, sum(math.prod(w.shape) for w in gates)
 
     def get_config(self):
         config = {

@@ -1,6 +1,7 @@
 """What several test files need: seeds, gradients on every backend, stored arrays."""
 
 import io
+import os
 import tempfile
 import zipfile
 
@@ -28,6 +29,8 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
         jax.config.update("jax_disable_most_optimizations", True)
+        # Child processes too: with other optimizations JAX rounds otherwise.
+        os.environ["JAX_DISABLE_MOST_OPTIMIZATIONS"] = "1"
 
 
 @pytest.fixture(autouse=True)

@@ -1,57 +1,168 @@
-"""A training in a process of its own, for `test_distribution.py`.
+"""Trainings in processes of their own, for `test_distribution.py`."""
 
-    python distributed_training.py '{"devices": 1, ...}'
-
-It ends with its final weights and history in an `.npz` file.
-"""
-
+import contextlib
 import functools
-import json
 import os
 import signal
-import sys
 
-SETTING = json.loads(sys.argv[1])
-DEVICES = SETTING["devices"]
-os.environ["XLA_FLAGS"] = f"--xla_force_host_platform_device_count={DEVICES}"
+import keras
+import numpy as np
+from keras import layers
 
-import keras  # noqa: E402
-import numpy as np  # noqa: E402
-from keras import layers  # noqa: E402
-
-import keras_sparsity as ks  # noqa: E402
+import keras_sparsity as ks
 
 METHODS = {
     "LTP": functools.partial(ks.LTP, l0=1e-3),
     "LTP absolute": functools.partial(
-        ks.LTP, l0=1e-6, temperature=0.1, threshold_units="absolute"
+        ks.LTP, l0=1e-6, temperature=1.0, threshold_units="absolute"
     ),
     "HALO": ks.HALO(xi=1e-3, psi=1e-2),
     "MagnitudePruning": functools.partial(
         ks.MagnitudePruning, schedule=ks.CubicSparsity(0.8, 9, frequency=2)
     ),
-    "LTP, batch norm": functools.partial(ks.LTP, l0=1e-3),
+    "KeepZeros": ks.KeepZeros,
 }
+ON_TENSORFLOW = keras.backend.backend() == "tensorflow"
 
 
-def make_strategy():
-    """The strategy, which a process must make before anything else."""
-    if keras.backend.backend() == "jax":
-        distribution = keras.distribution.DataParallel()
-        assert distribution.device_mesh.shape == (DEVICES,)
-        return distribution
+def run(cases, output, trails=None, kill=False, tf_config=None, devices=2):
+    """What a process does: trains, and stores the results.
+
+    Args:
+        cases: Dict of lists of cases by way to train (see `scope_of`). A case is a
+            method, and what else is in the model.
+        output: Path of the folder for an `.npz` file per way.
+        trails: Dict of directories, of a resumable trail each, by way and case.
+        kill: Whether to end in the middle of the second epoch.
+        tf_config: The value of `TF_CONFIG`, of a worker among several.
+        devices: Number of virtual devices.
+    """
+    if tf_config:
+        os.environ["TF_CONFIG"] = tf_config
+    split_the_cpu(devices)
+    for way in cases:
+        scope = scope_of(way)
+        results = {}
+        for case in cases[way]:
+            trail = (trails or {}).get((way, case))
+            results |= train(way, scope, case, trail, kill)
+        output.mkdir(parents=True, exist_ok=True)
+        np.savez(output / f"{way}.npz", **results)
+
+
+def split_the_cpu(devices):
+    if ON_TENSORFLOW:
+        import tensorflow as tf
+
+        cpu, *_ = tf.config.list_physical_devices("CPU")
+        virtual = [tf.config.LogicalDeviceConfiguration()] * devices
+        tf.config.set_logical_device_configuration(cpu, virtual)
+    else:
+        import jax
+
+        jax.config.update("jax_num_cpu_devices", devices)
+
+
+def scope_of(way):
+    """What gives the scope to make and to compile a model in."""
+    if not ON_TENSORFLOW:
+        distribution = keras.distribution.DataParallel() if way == "two" else None
+        keras.distribution.set_distribution(distribution)  # of the whole process
+        return contextlib.nullcontext
     import tensorflow as tf
 
-    if "TF_CONFIG" in os.environ:
-        return ks.distribution.MultiWorkerMirroredStrategy()
-    cpu, *_ = tf.config.list_physical_devices("CPU")
-    virtual = [tf.config.LogicalDeviceConfiguration()] * DEVICES
-    tf.config.set_logical_device_configuration(cpu, virtual)
-    if SETTING.get("one_device_strategy"):
-        return tf.distribute.OneDeviceStrategy("CPU:0")
-    if DEVICES == 1:
-        return tf.distribute.get_strategy()
-    return tf.distribute.MirroredStrategy([f"CPU:{i}" for i in range(DEVICES)])
+    match way:
+        case "one":
+            return contextlib.nullcontext
+        case "two":
+            return tf.distribute.MirroredStrategy(["CPU:0", "CPU:1"]).scope
+        case "strategy" | "compiled":
+            return tf.distribute.OneDeviceStrategy("CPU:0").scope
+        case "worker":
+            return ks.distribution.MultiWorkerMirroredStrategy().scope
+
+
+def train(way, scope, case, trail, kill):
+    method, *features = case.split(", ")
+    policies = [feature for feature in features if feature.startswith("mixed")]
+    keras.config.set_dtype_policy(policies[0] if policies else "float32")
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=(64, 6, 6, 2)).astype("float32")
+    y = generator.integers(0, 3, size=64)
+    keras.utils.set_random_seed(0)
+    with scope():
+        # With JAX an array is one, wherever its parts are: nothing to synchronize.
+        normalization = layers.BatchNormalization(synchronized=ON_TENSORFLOW)
+        model = keras.Sequential(
+            [
+                keras.Input((6, 6, 2)),
+                layers.Conv2D(4, 3, name="conv"),
+                *([normalization] if "batch norm" in features else []),
+                layers.ReLU(),
+                layers.Flatten(),
+                *([layers.Dropout(0.3)] if "dropout" in features else []),
+                layers.Dense(3, name="dense"),
+                layers.Activation("linear", dtype="float32"),
+            ]
+        )
+    # Outside of the scope: a model stays where it was made.
+    if method == "KeepZeros":
+        model = ks.prune(model, 0.5)
+    model = ks.sparsify(model, METHODS[method])
+    with scope():
+        model.compile(
+            ks.SparsityOptimizer(keras.optimizers.SGD(0.05, momentum=0.9)),
+            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+            metrics=["accuracy"],
+            jit_compile=True if way == "compiled" else "auto",
+        )
+    callbacks = []
+    if trail:
+        callbacks.append(ks.SparsityTrail(trail, resume=True))
+    if kill:
+        callbacks.append(Kill())
+    # TensorFlow 2.21 may crash when it evaluates under a strategy of one device, with a
+    # plain Keras model too.
+    evaluates = way not in ("strategy", "compiled")
+    history = model.fit(
+        x,
+        y,
+        batch_size=16,
+        epochs=3,
+        shuffle=False,
+        validation_data=(x, y) if evaluates else None,
+        callbacks=callbacks,
+        verbose=0,
+    )
+    history.history.pop("sparsity", None)  # the trail's
+    results = {f"history/{name}": column for name, column in history.history.items()}
+    small = ks.finalize(model)
+    if evaluates:
+        results["evaluate"] = model.evaluate(x, y, 16, verbose=0)
+        results["predict"] = model.predict(x[:36], 16, verbose=0)
+        results["finalized"] = small.predict(x[:36], 16, verbose=0)
+    weights = {
+        "weight": model.weights,
+        "finalized": small.weights,
+        "pruned": ks.prune(model, 0.7).weights,
+    }
+    for kind, variables in weights.items():
+        for index, variable in enumerate(variables):
+            array = keras.ops.convert_to_numpy(variable)
+            results[f"{kind}/{index} {variable.name}"] = array
+    results["replicas differ by"] = max(
+        np.ptp(copies(model, variable), axis=0).max() for variable in model.variables
+    )
+    return {f"{case}/{name}": value for name, value in results.items()}
+
+
+def copies(model, variable):
+    """The arrays of `variable` on all the devices of this process."""
+    if not ON_TENSORFLOW:
+        return [np.asarray(s.data, float) for s in variable.value.addressable_shards]
+    strategy = model.distribute_strategy
+    parts = strategy.experimental_local_results(variable.value)
+    return [np.asarray(part, float) for part in parts]
 
 
 class Kill(keras.callbacks.Callback):
@@ -63,67 +174,3 @@ class Kill(keras.callbacks.Callback):
     def on_train_batch_end(self, batch, logs=None):
         if (self.epoch, batch) == (1, 1):
             os.kill(os.getpid(), signal.SIGKILL)
-
-
-def train(strategy, method):
-    generator = np.random.default_rng(0)
-    x = generator.normal(size=(64, 6, 6, 2)).astype("float32")
-    y = generator.integers(0, 3, size=64)
-    keras.utils.set_random_seed(0)
-    with strategy.scope():
-        # With JAX an array is one, wherever its parts are: nothing to synchronize.
-        synchronized = keras.backend.backend() == "tensorflow"
-        normalization = [layers.BatchNormalization(synchronized=synchronized)]
-        model = keras.Sequential(
-            [
-                keras.Input((6, 6, 2)),
-                layers.Conv2D(4, 3, name="conv"),
-                *(normalization if "batch norm" in method else []),
-                layers.ReLU(),
-                layers.Flatten(),
-                layers.Dense(3, name="dense"),
-            ]
-        )
-    # Outside of the scope: a model stays where it was made.
-    model = ks.sparsify(model, METHODS[method])
-    with strategy.scope():
-        model.compile(
-            ks.SparsityOptimizer(keras.optimizers.SGD(0.05, momentum=0.9)),
-            keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-            metrics=["accuracy"],
-        )
-    callbacks = []
-    if "trail" in SETTING:
-        callbacks.append(ks.SparsityTrail(SETTING["trail"], resume=True))
-    if SETTING.get("kill"):
-        callbacks.append(Kill())
-    # TensorFlow 2.21 may crash when it evaluates under a strategy of one device, with a
-    # plain Keras model too.
-    evaluates = not SETTING.get("one_device_strategy")
-    history = model.fit(
-        x,
-        y,
-        batch_size=16,
-        epochs=3,
-        shuffle=False,
-        validation_data=(x, y) if evaluates else None,
-        callbacks=callbacks,
-        verbose=0,
-    )
-    results = {f"history/{name}": column for name, column in history.history.items()}
-    if evaluates:
-        results["evaluate"] = model.evaluate(x, y, 16, verbose=0)
-        results["predict"] = model.predict(x[:36], 16, verbose=0)
-        results["finalized"] = ks.finalize(model).predict(x[:36], 16, verbose=0)
-    for index, variable in enumerate(model.weights):
-        array = keras.ops.convert_to_numpy(variable)
-        results[f"weight/{index} {variable.path}"] = array
-    return {f"{method}/{name}": value for name, value in results.items()}
-
-
-if __name__ == "__main__":
-    strategy = make_strategy()
-    results = {}
-    for method in SETTING["methods"]:
-        results |= train(strategy, method)
-    np.savez(SETTING["output"], **results)

@@ -20,10 +20,11 @@ FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "record", "replicas"}
     | {"schedules", "selection", "state", "substitution", "units"},
     {"counting", "influence", "macs", "masks", "optimizers", "rebuild"}
-    | {"recalibration", "regularizers", "report", "wrappers"},
-    {"compact", "transform"},
+    | {"recalibration", "regularizers", "report", "saving", "wrappers"},
+    {"compact", "target", "transform"},
     {"trail"},
     {"__init__"},
+    {"__main__"},
 ]
 FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in modules}
 
@@ -41,7 +42,7 @@ NEIGHBORS = {
 }
 
 # What is imported only inside the function that uses it.
-WHERE_USED = {"h5py", "jax", "matplotlib", "pandas", "torch"}
+WHERE_USED = {"h5py", "jax", "matplotlib", "pandas", "tensorflow", "torch"}
 
 # Modules that the package imports when they are asked for, and what they need.
 OPTIONAL = {"distribution": {"tensorflow"}}
@@ -76,14 +77,17 @@ CONTRACT = {
     "Penalized",
     "SparsityOptimizer",
     "SparsityReport",
+    "SparsityTarget",
     "SparsityTrail",
     "Trail",
     "compact",
+    "export_litert",
     "finalize",
     "prune",
     "pruning_curve",
     "recalibrate",
     "report",
+    "save_model",
     "sparsify",
 }
 

@@ -1,16 +1,18 @@
 """Several devices and workers give what one gives: real processes, virtual devices."""
 
-import json
 import os
 import pathlib
+import re
 import signal
 import subprocess
 import sys
 import time
 
+import distributed_training
 import keras
 import numpy as np
 import pytest
+from processes import PROCESSES
 
 import keras_sparsity as ks
 
@@ -20,14 +22,22 @@ sys.path.insert(0, str(EXAMPLES))
 import launch_local  # noqa: E402
 
 BACKEND = keras.backend.backend()
-SCRIPT = pathlib.Path(__file__).with_name("distributed_training.py")
 METHODS = [
     "LTP",
     "LTP absolute",
     "HALO",
     "MagnitudePruning",
+    "KeepZeros",
     "LTP, batch norm",
 ]
+DROPOUT = "LTP, batch norm, dropout"
+COMPILED = ["LTP, batch norm", "HALO", "MagnitudePruning"]
+# With their tolerances: batches are summed in parts, each of which is rounded.
+MIXED = {
+    "LTP, mixed_bfloat16": 2e-2,
+    "LTP, mixed_float16": 1e-2,
+    "HALO, mixed_float16": 1e-2,
+}
 on_tensorflow = pytest.mark.skipif(
     BACKEND != "tensorflow", reason="`tf.distribute` is TensorFlow's"
 )
@@ -36,31 +46,28 @@ on_several = pytest.mark.skipif(
 )
 
 
-def start(setting, **environment):
-    return subprocess.Popen(
-        [sys.executable, str(SCRIPT), json.dumps(setting)],
-        env=os.environ | environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start(**arguments):
+    process = PROCESSES.Process(target=distributed_training.run, kwargs=arguments)
+    process.start()
+    return process
 
 
-def start_workers(settings):
-    addresses = launch_local.free_addresses(len(settings))
+def start_workers(*arguments):
+    """A worker for each dict of arguments."""
+    addresses = launch_local.free_addresses(len(arguments))
     return [
         start(
-            {"devices": 1, **setting},
-            TF_CONFIG=launch_local.worker_config(addresses, index),
+            tf_config=launch_local.worker_config(addresses, index),
+            **{"devices": 1, **each},
         )
-        for index, setting in enumerate(settings)
+        for index, each in enumerate(arguments)
     ]
 
 
 def finish(*processes):
     for process in processes:
-        output, _ = process.communicate(timeout=300)
-        assert process.returncode == 0, output[-3000:]
+        process.join(600)
+        assert process.exitcode == 0
 
 
 def load(path):
@@ -69,28 +76,41 @@ def load(path):
 
 
 @pytest.fixture(scope="module")
-def results(tmp_path_factory):
-    """The results of every way to train, of all the methods."""
+def folder(tmp_path_factory):
+    """Every way to train, of all the methods: the results, and some trails."""
     folder = tmp_path_factory.mktemp("results")
-
-    def setting(name, **settings):
-        return {
-            "methods": METHODS,
-            "output": str(folder / f"{name}.npz"),
-            **settings,
-        }
-
-    finish(start(setting("one", devices=1)))
-    finish(start(setting("two", devices=2)))
+    finish(start(cases={"one": [*METHODS, *MIXED]}, output=folder))
+    trails = {("two", DROPOUT): folder / "trail of two"}
+    cases = {"two": [*METHODS, *MIXED, DROPOUT]}
+    finish(start(cases=cases, output=folder, trails=trails))
     if BACKEND == "tensorflow":
-        finish(start(setting("strategy", devices=1, one_device_strategy=True)))
-        finish(*start_workers([setting("worker 0"), setting("worker 1")]))
-    return {path.stem: load(path) for path in folder.iterdir()}
+        cases = {"strategy": METHODS, "compiled": COMPILED}
+        finish(start(cases=cases, output=folder))
+        finish(*start_workers(*(worker_of(folder, index) for index in range(2))))
+    return folder
 
 
-def assert_equal(received, expected, method, tolerance=2e-5):
-    names = [name for name in received if name.startswith(f"{method}/")]
-    assert f"{method}/history/loss" in names
+def worker_of(folder, index):
+    return {
+        "cases": {"worker": [*METHODS, DROPOUT]},
+        "output": folder / f"{index}",
+        "trails": {
+            ("worker", DROPOUT): folder / "trail of workers",
+            ("worker", "HALO"): folder / f"trail of worker {index}",
+        },
+    }
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    """The results by the way to train; those of workers as `0/worker`, `1/worker`."""
+    paths = folder.glob("**/*.npz")
+    return {str(path.relative_to(folder).with_suffix("")): load(path) for path in paths}
+
+
+def assert_equal(received, expected, case, tolerance=2e-5):
+    names = [name for name in received if name.startswith(f"{case}/")]
+    assert f"{case}/history/loss" in names
     for name in names:
         np.testing.assert_allclose(
             received[name], expected[name], rtol=0, atol=tolerance, err_msg=name
@@ -98,87 +118,139 @@ def assert_equal(received, expected, method, tolerance=2e-5):
 
 
 @on_several
-@pytest.mark.parametrize("method", METHODS)
-def test_two_devices_equal_one(results, method):
-    assert_equal(results["two"], results["one"], method)
-
-
-@on_tensorflow
-@pytest.mark.parametrize("method", METHODS)
-def test_one_device_strategy(results, method):
-    assert_equal(results["strategy"], results["one"], method, tolerance=1e-7)
-
-
-@on_tensorflow
-@pytest.mark.parametrize("method", METHODS)
-def test_two_workers_equal_one_device(results, method):
-    assert_equal(results["worker 0"], results["one"], method)
-    assert_equal(results["worker 1"], results["worker 0"], method, tolerance=0)
+@pytest.mark.parametrize("case", METHODS)
+def test_two_devices_equal_one(results, case):
+    assert_equal(results["two"], results["one"], case)
 
 
 @on_several
-@pytest.mark.parametrize("method", METHODS)
-def test_finalized_models_predict_the_same(results, method):
-    for result in [results["one"], results["two"]]:
-        predicted = result[f"{method}/predict"]
-        assert predicted.shape == (36, 3)
+@pytest.mark.parametrize("case", MIXED)
+def test_two_devices_equal_one_in_mixed_precision(results, case):
+    names = [
+        n for n in results["one"] if re.match(f"{case}/(weight|history/.*loss)", n)
+    ]
+    assert len(names) > 5
+    for name in names:
         np.testing.assert_allclose(
-            result[f"{method}/finalized"], predicted, rtol=1e-6, atol=1e-6
+            results["two"][name],
+            results["one"][name],
+            rtol=0,
+            atol=MIXED[case],
+            err_msg=name,
         )
 
 
-@on_tensorflow
-def test_one_of_two_workers_is_killed(tmp_path):
-    def settings(name, kill):
-        return [
-            {
-                "methods": ["LTP, batch norm"],
-                "trail": str(tmp_path / name),
-                "output": str(tmp_path / f"{name} {index}.npz"),
-                "kill": kill and index == 1,
-            }
-            for index in range(2)
-        ]
+@on_several
+@pytest.mark.parametrize("case", [*METHODS, DROPOUT, *MIXED])
+def test_all_devices_agree(results, case):
+    assert results["two"][f"{case}/replicas differ by"] == 0
+    assert np.isfinite(results["two"][f"{case}/history/loss"]).all()
 
-    finish(*start_workers(settings("whole", kill=False)))
-    first, second = start_workers(settings("cut", kill=True))
-    second.communicate(timeout=300)
-    assert second.returncode == -signal.SIGKILL
-    first.kill()  # as a launcher does: it waits for the other
-    first.communicate()
+
+@on_tensorflow
+@pytest.mark.parametrize("case", METHODS)
+def test_one_device_strategy(results, case):
+    assert_equal(results["strategy"], results["one"], case, tolerance=1e-7)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("case", COMPILED)
+def test_one_device_strategy_with_xla(results, case):
+    assert_equal(results["compiled"], results["one"], case)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("case", [*METHODS, DROPOUT])
+def test_two_workers_equal_one_device(results, case):
+    # Every replica drops out by itself: the number of them shows.
+    if case != DROPOUT:
+        assert_equal(results["0/worker"], results["one"], case)
+    assert_equal(results["1/worker"], results["0/worker"], case, tolerance=0)
+
+
+@on_tensorflow
+def test_workers_with_two_devices_each_equal_one_device(results, tmp_path):
+    settings = [
+        {"cases": {"worker": ["LTP"]}, "output": tmp_path / f"{index}", "devices": 2}
+        for index in range(2)
+    ]
+    finish(*start_workers(*settings))
+    first, second = (load(tmp_path / f"{index}/worker.npz") for index in range(2))
+    assert_equal(first, results["one"], "LTP")
+    assert_equal(second, first, "LTP", tolerance=0)
+
+
+@on_several
+@pytest.mark.parametrize("case", [*METHODS, DROPOUT])
+def test_finalized_models_predict_the_same(results, case):
+    predicted = results["two"][f"{case}/predict"]
+    assert predicted.shape == (36, 3)
+    np.testing.assert_allclose(
+        results["two"][f"{case}/finalized"], predicted, rtol=1e-6, atol=1e-6
+    )
+
+
+@on_several
+def test_a_killed_training_on_two_devices_goes_on(folder, tmp_path):
+    setting = {
+        "cases": {"two": [DROPOUT]},
+        "output": tmp_path,
+        "trails": {("two", DROPOUT): tmp_path / "cut"},
+    }
+    killed = start(**setting, kill=True)
+    killed.join(600)
+    assert killed.exitcode == -signal.SIGKILL
     assert len(ks.Trail(tmp_path / "cut").points) == 1
 
-    finish(*start_workers(settings("cut", kill=False)))
-    assert len(ks.Trail(tmp_path / "cut").points) == 3
+    finish(start(**setting))
+    assert_same_training(tmp_path / "two.npz", folder / "two.npz")
+    assert_same_trail(tmp_path / "cut", folder / "trail of two")
+
+
+@on_tensorflow
+def test_one_of_two_workers_is_killed(folder, tmp_path):
+    settings = [
+        {
+            "cases": {"worker": [DROPOUT]},
+            "output": tmp_path / f"{index}",
+            "trails": {("worker", DROPOUT): tmp_path / "cut"},
+        }
+        for index in range(2)
+    ]
+    first, second = start_workers(settings[0], settings[1] | {"kill": True})
+    second.join(600)
+    assert second.exitcode == -signal.SIGKILL
+    first.kill()  # as a launcher does: it waits for the other
+    first.join()
+    assert len(ks.Trail(tmp_path / "cut").points) == 1
+
+    finish(*start_workers(*settings))
     for index in range(2):
-        cut = load(tmp_path / f"cut {index}.npz")
-        whole = load(tmp_path / f"whole {index}.npz")
-        for name in whole:
-            if "history" not in name:  # which begins at the second epoch
-                np.testing.assert_array_equal(cut[name], whole[name], err_msg=name)
-    for a, b in zip(
-        ks.Trail(tmp_path / "cut").points,
-        ks.Trail(tmp_path / "whole").points,
-        strict=True,
-    ):
+        path = f"{index}/worker.npz"
+        assert_same_training(tmp_path / path, folder / path)
+    assert_same_trail(tmp_path / "cut", folder / "trail of workers")
+
+
+def assert_same_training(cut, whole):
+    cut, whole = load(cut), load(whole)
+    for name in cut:
+        if "history" not in name:  # which begins at the second epoch
+            np.testing.assert_array_equal(cut[name], whole[name], err_msg=name)
+
+
+def assert_same_trail(cut, whole):
+    cut, whole = ks.Trail(cut).points, ks.Trail(whole).points
+    assert len(cut) == 3
+    for a, b in zip(cut, whole, strict=True):
         assert (a.metrics, a.weights) == (b.metrics, b.weights)
         assert a.path.exists() == b.path.exists()
 
 
 @on_tensorflow
-def test_chief_alone_writes(tmp_path):
-    """The second worker is given a directory of its own, which must stay empty."""
-    settings = [
-        {
-            "methods": ["HALO"],
-            "trail": str(tmp_path / f"trail {index}"),
-            "output": str(tmp_path / f"{index}.npz"),
-        }
-        for index in range(2)
-    ]
-    finish(*start_workers(settings))
-    assert len(ks.Trail(tmp_path / "trail 0").points) == 3
-    assert not (tmp_path / "trail 1").exists()
+def test_chief_alone_writes(folder):
+    """The second worker was given a directory of its own, which must stay empty."""
+    assert len(ks.Trail(folder / "trail of worker 0").points) == 3
+    assert not (folder / "trail of worker 1").exists()
 
 
 def launch(*arguments):
@@ -195,8 +267,10 @@ def test_launcher_trains(tmp_path):
     launcher = launch(
         "--workers=2",
         "--",
+        "--model=lenet_300_100",
         "--epochs=1",
         "--pretrain_epochs=1",
+        "--virtual_devices=2",
         "--verbose=2",
         f"--output={tmp_path}",
     )

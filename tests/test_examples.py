@@ -10,14 +10,17 @@ import time
 import keras
 import numpy as np
 import pytest
-from absl import flags
+from absl import app, flags
 from absl.testing import flagsaver
+
+import keras_sparsity as ks
 
 EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import data  # noqa: E402
 import networks  # noqa: E402
+import settings  # noqa: E402
 import train  # noqa: E402
 
 
@@ -27,6 +30,7 @@ def run(tmp_path):
 
     def run(*arguments):
         quick = ("--pretrain_epochs=1", "--epochs=2", "--batch_size=64", "--verbose=0")
+        keras.utils.clear_session()  # names of layers begin anew, as in a process
         with flagsaver.flagsaver():
             flags.FLAGS(["train.py", f"--output={tmp_path}", *quick, *arguments])
             train.main([])
@@ -170,6 +174,30 @@ def test_fine_tuning_keeps_the_zeros(run, tmp_path):
     assert zeros(model) == pytest.approx(0.9, abs=1e-4)
 
 
+def test_other_settings_than_those_of_the_run_to_resume_are_refused(run, tmp_path):
+    quick = ("--resume", "--model=lenet_300_100", "--method=l1", "--epochs=1")
+    first = run(*quick)
+    with pytest.raises(app.UsageError, match="seed=0 there, seed=1 here"):
+        run(*quick, "--seed=1")
+    with pytest.raises(app.UsageError, match="epochs=1 there, epochs=2 here"):
+        run(*quick, "--epochs=2")
+    # The same training, shown otherwise: it is not repeated.
+    again = run(*quick, "--curve=0.5", "--verbose=2")
+    assert again["sparse"] == first["sparse"]
+    assert len(ks.Trail(tmp_path / "trail").points) == 1
+
+
+def test_a_directory_is_that_of_one_training(tmp_path):
+    model = networks.build("lenet_300_100", (8, 8, 1), 10)
+    settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
+    settings.claim(tmp_path, {"seed": 0, "verbose": "2"}, model, resume=True)
+    with pytest.raises(app.UsageError, match="holds a training already"):
+        settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
+    (tmp_path / "settings.json").write_text('{"KERAS_BACKEND": "theano", "seed": 0}')
+    with pytest.raises(app.UsageError, match="KERAS_BACKEND=theano there"):
+        settings.claim(tmp_path, {"seed": 0}, model, resume=True)
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_finished_by_the_same_command(tmp_path):
     def start(output):
@@ -210,3 +238,25 @@ def test_the_benchmark_compares_every_method_with_the_dense_step():
     assert rows["dense"]["over dense"] == 1
     assert rows["dense"]["exp / weight"] < 1 <= rows["ltp"]["exp / weight"] < 2
     assert rows["halo"]["operations"] > rows["dense"]["operations"]
+
+
+def test_file_sizes_are_compared_with_the_plain_file(tmp_path):
+    model = networks.build("lenet5", (28, 28, 1), 10)
+    model.save(tmp_path / "model.keras")
+    output = subprocess.run(
+        [
+            *(sys.executable, EXAMPLES / "benchmarks" / "file_size.py", "--json"),
+            *(f"--file={tmp_path / 'model.keras'}", "--sparsities=0.95", "--rounds=1"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout
+    *_, line = output.splitlines()
+    (rows,) = json.loads(line)["results"].values()
+    assert rows["save"]["over save"] == 1
+    # 0.05 of 61,706 weights, by 32 bits and their entropy of 0.286 bits per weight.
+    assert 0.045 < rows["reference"]["over save"] < 0.06
+    assert rows["reference"]["bytes"] < rows["save_model"]["bytes"]
+    assert rows["save_model"]["over save"] < 0.1

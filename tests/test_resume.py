@@ -2,7 +2,6 @@
 
 import functools
 import json
-import multiprocessing
 import os
 import resource
 import shutil
@@ -13,6 +12,7 @@ import keras
 import numpy as np
 import pytest
 from keras import layers
+from processes import PROCESSES
 
 import keras_sparsity as ks
 
@@ -29,17 +29,6 @@ METHODS = {
     ),
 }
 
-# Processes of their own, forked from one that has imported Keras and done nothing.
-# Keras' seeding imports TensorFlow on every backend, where it is installed.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["keras", "keras_sparsity", "tensorflow"])
-
-
-@pytest.fixture(autouse=True)
-def _children_compile_alike(monkeypatch):
-    """As conftest.py has it: with other optimizations JAX rounds otherwise."""
-    monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
-
 
 @pytest.fixture(autouse=True)
 def _policy_restored():
@@ -55,6 +44,9 @@ def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
     model = keras.Sequential(
         [
             keras.Input((6,)),
+            layers.Reshape((2, 3, 1)),
+            layers.RandomFlip(),
+            layers.Flatten(),
             layers.Dense(8, name="first"),
             layers.BatchNormalization(),
             layers.ReLU(),
@@ -86,6 +78,26 @@ def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
         verbose=0,
     )
     return model, history
+
+
+@pytest.fixture(scope="module")
+def wholes(tmp_path_factory):
+    """`wholes(method)`: the values and the directory of a run that was not killed."""
+
+    @functools.cache
+    def whole(method="LTP"):
+        directory = tmp_path_factory.mktemp("whole")
+        model, _ = train(directory, method)
+        return values(model), directory
+
+    return whole
+
+
+@pytest.fixture
+def finished(wholes, tmp_path):
+    """A directory of a run that came to its end, to be changed."""
+    _, directory = wholes()
+    return shutil.copytree(directory, tmp_path / "finished")
 
 
 def values(model):
@@ -133,15 +145,15 @@ def train_and_die(directory, method, epoch, batch):
 
 
 @pytest.mark.parametrize("method", [*METHODS, "LTP, mixed_float16"])
-def test_killed_in_the_middle_of_an_epoch(tmp_path, method):
-    whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected, _ = train(whole, method)
+def test_killed_in_the_middle_of_an_epoch(wholes, tmp_path, method):
+    expected, whole = wholes(method)
+    cut = tmp_path / "cut"
     assert run(train_and_die, cut, method, 2, 1) == -signal.SIGKILL
     assert len(ks.Trail(cut).points) == 2
 
     model, history = train(cut, method)
     assert history.epoch == [2, 3]
-    assert_same(values(model), values(expected))
+    assert_same(values(model), expected)
     assert record(cut) == record(whole)
     assert files(cut) == files(whole)
     for point in ks.Trail(cut).points:
@@ -150,34 +162,32 @@ def test_killed_in_the_middle_of_an_epoch(tmp_path, method):
             assert_same(point.load().get_weights(), reference.get_weights())
 
 
-def test_a_finished_training_is_not_repeated(tmp_path):
-    expected, _ = train(tmp_path)
-    lines = record(tmp_path)
-    model, history = train(tmp_path)
+def test_a_finished_training_is_not_repeated(wholes, finished):
+    expected, whole = wholes()
+    model, history = train(finished)
     assert history.epoch == []
-    assert_same(values(model), values(expected))
-    assert record(tmp_path) == lines
+    assert_same(values(model), expected)
+    assert record(finished) == record(whole)
     model.fit(X, Y, epochs=1, verbose=0)  # begins at its own first epoch
     assert model.history.epoch == [0]
 
 
-def test_more_epochs_go_on(tmp_path):
-    whole, parts = tmp_path / "whole", tmp_path / "parts"
-    expected, _ = train(whole, epochs=5)
-    train(parts, epochs=2)
-    model, _ = train(parts, epochs=5)
-    assert_same(values(model), values(expected))
-    assert record(parts) == record(whole)
+def test_more_epochs_go_on(wholes, tmp_path):
+    expected, whole = wholes()
+    train(tmp_path, epochs=2)
+    model, _ = train(tmp_path)
+    assert_same(values(model), expected)
+    assert record(tmp_path) == record(whole)
 
 
-def test_killed_between_the_state_and_the_record(tmp_path):
-    expected, _ = train(tmp_path / "whole", epochs=3)
-    train(tmp_path / "cut", epochs=2)
-    record_of_one = (tmp_path / "cut/trail.jsonl").read_text().splitlines()[:2]
-    (tmp_path / "cut/trail.jsonl").write_text("\n".join([*record_of_one, ""]))
-    model, _ = train(tmp_path / "cut", epochs=3)
-    assert_same(values(model), values(expected))
-    assert record(tmp_path / "cut") == record(tmp_path / "whole")
+def test_killed_between_the_state_and_the_record(wholes, tmp_path):
+    expected, whole = wholes()
+    train(tmp_path, epochs=2)
+    *lines, _ = (tmp_path / "trail.jsonl").read_text().splitlines()
+    (tmp_path / "trail.jsonl").write_text("\n".join([*lines, ""]))
+    model, _ = train(tmp_path)
+    assert_same(values(model), expected)
+    assert record(tmp_path) == record(whole)
 
 
 def train_until_killed(directory, is_on, moment, finished_epochs):
@@ -253,51 +263,47 @@ def train_on_a_full_disk(directory, errors):
         errors.put(str(error))
 
 
-def test_full_disk(tmp_path):
-    train(tmp_path / "whole")
+def test_full_disk(wholes, tmp_path):
+    _, whole = wholes()
     errors = PROCESSES.SimpleQueue()
     assert run(train_on_a_full_disk, tmp_path / "cut", errors) == 0
     error = errors.get()
     assert "could not be written; what was written before is intact" in error
     assert str(tmp_path) in error
-    assert record(tmp_path / "cut") == record(tmp_path / "whole")[:3]
+    assert record(tmp_path / "cut") == record(whole)[:3]
     assert not list((tmp_path / "cut").glob("unfinished*"))
 
     train(tmp_path / "cut")  # there is room again
-    assert record(tmp_path / "cut") == record(tmp_path / "whole")
+    assert record(tmp_path / "cut") == record(whole)
 
 
 @pytest.mark.parametrize("other", [{"method": "HALO"}, {"optimizer": "adam"}])
-def test_state_of_another_training_is_refused(tmp_path, other):
-    train(tmp_path, epochs=1)
-    before = record(tmp_path)
+def test_state_of_another_training_is_refused(finished, other):
+    before = record(finished)
     with pytest.raises(ValueError, match="`directory` must be new or hold the tra"):
-        train(tmp_path, **other)
-    assert record(tmp_path) == before
+        train(finished, **other)
+    assert record(finished) == before
 
 
-def test_trail_without_a_state_is_refused(tmp_path):
-    train(tmp_path, epochs=1)
-    (tmp_path / "state.npz").unlink()
+def test_trail_without_a_state_is_refused(finished):
+    (finished / "state.npz").unlink()
     with pytest.raises(ValueError, match="recorded without `resume=True`"):
-        train(tmp_path)
+        train(finished)
 
 
-def test_records_without_a_state_are_not_lost(tmp_path):
-    train(tmp_path, epochs=1)
-    lines = (tmp_path / "trail.jsonl").read_text()
-    (tmp_path / "trail.jsonl").write_text(lines + lines.splitlines()[-1] + "\n")
-    with pytest.raises(ValueError, match="a trail with 2 epochs.*that of epoch 1"):
-        train(tmp_path)
-    assert len(record(tmp_path)) == 3
+def test_records_without_a_state_are_not_lost(finished):
+    lines = (finished / "trail.jsonl").read_text()
+    (finished / "trail.jsonl").write_text(lines + lines.splitlines()[-1] + "\n")
+    with pytest.raises(ValueError, match="a trail with 5 epochs.*that of epoch 4"):
+        train(finished)
+    assert len(record(finished)) == 6
 
 
-def test_damaged_state_is_refused(tmp_path):
-    train(tmp_path, epochs=1)
-    state = tmp_path / "state.npz"
+def test_damaged_state_is_refused(finished):
+    state = finished / "state.npz"
     state.write_bytes(state.read_bytes()[:-100])
     with pytest.raises(ValueError, match="'.*state.npz' is damaged"):
-        train(tmp_path)
+        train(finished)
 
 
 def train_with_backup(directory, method, die):

@@ -1124,6 +1124,19 @@ def test_pruning_curve_leaves_the_metrics_of_the_model_alone():
     assert total([metric.result()]) == before
 
 
+@pytest.mark.parametrize(("batch_size", "batches"), [(None, 2), (5, 8), (40, 1)])
+def test_pruning_curve_evaluates_in_batches(batch_size, batches):
+    class Calls(keras.metrics.Sum):
+        def update_state(self, y, y_pred, sample_weight=None):
+            super().update_state(1.0)
+
+    model = mlp()
+    model.compile("sgd", "mse", metrics=[Calls(name="calls")], run_eagerly=True)
+    x, y = features(40, 4), features(40, 3)
+    (point,) = ks.pruning_curve(model, x, y, [0.5], batch_size)
+    assert point["calls"] == batches
+
+
 def test_pruning_curve_of_a_model_that_is_not_compiled_is_an_error():
     with pytest.raises(ValueError, match="must be compiled"):
         ks.pruning_curve(mlp(), features(2, 4), features(2, 3), [0.5])

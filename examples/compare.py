@@ -1,0 +1,155 @@
+"""Compares methods: the accuracy of one network at several sparsities.
+
+    python compare.py --methods=halo,ltp --sparsities=0.9,0.95 --seeds=3
+
+Appends a line of JSON to `--results` for every training: method, settings, seed, and
+the accuracy on validation and test images at each sparsity. What has a line already is
+not trained again, so the same command goes on where it was stopped. `curves.py` makes
+a table and pictures of the lines.
+"""
+
+import concurrent.futures
+import dataclasses
+import functools
+import importlib
+import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import platform
+import shlex
+import sys
+import time
+
+import curves
+import data as data_sets
+import keras
+import methods
+import networks
+from absl import app, flags, logging
+
+FLAGS = flags.FLAGS
+
+flags.DEFINE_list("methods", list(methods.METHODS), "What to compare.")
+flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.98", "0.99"], "In [0, 1).")
+flags.DEFINE_integer("seeds", 3, "Trainings of each kind.", lower_bound=1)
+flags.DEFINE_enum("model", "lenet_300_100", list(networks.NETWORKS), "The network.")
+flags.DEFINE_string("dataset", "digits", "As for train.py, or the path of an .npz.")
+flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps its data.")
+flags.DEFINE_float("validation_split", 0.1, "Part held out, in (0, 1).")
+flags.DEFINE_integer("epochs", 20, "Epochs of every method in all.", lower_bound=2)
+flags.DEFINE_list(
+    "finetune",
+    ["0", "0.4"],
+    "Parts of the epochs that train the pruned network with its zeros kept; every "
+    "method is run with each.",
+)
+flags.DEFINE_bool("recalibrate", False, "Recalibrate batch statistics when pruned.")
+flags.DEFINE_integer("batch_size", 100, "Images per step.", lower_bound=1)
+flags.DEFINE_float("learning_rate", 0.1, "At the start of each phase.", lower_bound=0)
+flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0, upper_bound=1)
+flags.DEFINE_float("weight_decay", 5e-3, "Of the weights.", lower_bound=0)
+flags.DEFINE_string("results", "runs/compare.jsonl", "File to append lines to.")
+flags.DEFINE_integer("jobs", os.cpu_count(), "Trainings at a time.", lower_bound=1)
+
+
+def main(argv):
+    del argv
+    results = pathlib.Path(FLAGS.results)
+    results.parent.mkdir(parents=True, exist_ok=True)
+    done = {curves.key(line) for line in curves.read(results)}
+    todo = [job for job in jobs() if curves.key(job) not in done]
+    print(f"{len(done)} trainings recorded in {results}, {len(todo)} to do")
+    bar = keras.utils.Progbar(len(todo), unit_name="training")
+    end_last_line(results)
+    with pool(min(FLAGS.jobs, len(todo) or 1)) as executor, results.open("a") as file:
+        futures = [executor.submit(train, job, FLAGS.data_dir) for job in todo]
+        for future in concurrent.futures.as_completed(futures):
+            print(json.dumps(future.result()), file=file, flush=True)
+            bar.add(1)
+    print(curves.table(curves.read(results)))
+
+
+def end_last_line(path):
+    """A line that a stop has cut must not swallow the next one."""
+    if path.exists() and not path.read_text().endswith("\n"):
+        with path.open("a") as file:
+            file.write("\n")
+
+
+def jobs():
+    """All the trainings asked for, the first seed's first."""
+    conditions = {
+        name: FLAGS[name].value
+        for name in ("model", "dataset", "validation_split", "epochs", "batch_size")
+        + ("learning_rate", "momentum", "weight_decay", "recalibrate")
+    }
+    sparsities = [float(value) for value in FLAGS.sparsities]
+    for seed, finetune, name in itertools.product(
+        range(FLAGS.seeds), map(float, FLAGS.finetune), FLAGS.methods
+    ):
+        for settings in methods.METHODS[name].settings:
+            yield {
+                **conditions,
+                "method": name,
+                "settings": settings,
+                "finetune": finetune,
+                "seed": seed,
+                "sparsities": sparsities,
+            }
+
+
+def pool(processes):
+    """Processes that share the cores, each with Keras and a data set of its own."""
+    threads = max(1, os.cpu_count() // processes)
+    # Read when a backend is imported, which the processes have before them.
+    os.environ["OMP_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = str(threads)
+    if threads == 1:
+        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+    return concurrent.futures.ProcessPoolExecutor(
+        processes, mp_context=multiprocessing.get_context("spawn")
+    )
+
+
+def train(job, data_dir):
+    """Does one of `jobs()`: its line for the results."""
+    began = time.monotonic()
+    data = load(job["dataset"], data_dir, job["validation_split"])
+    method = methods.METHODS[job["method"]]
+    fields = [field.name for field in dataclasses.fields(methods.Training)]
+    training = methods.Training(**{name: job[name] for name in fields})
+
+    def network():
+        keras.utils.set_random_seed(job["seed"])
+        return networks.build(job["model"], data.train[0].shape[1:], data.classes)
+
+    points = methods.curve(
+        network, data, method, job["settings"], job["sparsities"], training
+    )
+    backend = keras.backend.backend()
+    versions = {
+        name: importlib.import_module(name).__version__
+        for name in ("keras_sparsity", "keras", backend, "numpy")
+    }
+    return {
+        "format": curves.FORMAT,
+        **job,
+        "curve": points,
+        "seconds": round(time.monotonic() - began, 1),
+        "backend": backend,
+        "versions": versions,
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "command": shlex.join(["python", *sys.argv]),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+    }
+
+
+@functools.lru_cache(1)
+def load(dataset, data_dir, validation):
+    return data_sets.load(dataset, data_dir=data_dir, validation=validation)
+
+
+if __name__ == "__main__":
+    FLAGS.set_default("verbosity", logging.WARNING)  # libraries log through absl
+    app.run(main)

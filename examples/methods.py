@@ -1,0 +1,237 @@
+"""The ways from a new network to plain sparse ones that `compare.py` compares.
+
+Every way has the same number of epochs in all, from the first dense one to the last of
+fine-tuning, and the same schedule: each phase of it begins at the learning rate and
+ends at zero, along a cosine.
+"""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+
+import keras
+import numpy as np
+
+import keras_sparsity as ks
+
+LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """A way from a new network to plain sparse ones.
+
+    Attributes:
+        governs: Callable of the target, the number of steps and the settings, which
+            are keyword arguments: the method, for `ks.sparsify`.
+        settings: List of dicts of which to choose one, on validation data.
+        pretrain: Part of the epochs that train the dense network before.
+        targets: Whether each sparsity takes a training of its own. If not, one is
+            pruned to each of them.
+        callbacks: Callable of the target and the number of steps: for `fit`.
+        multiplier: Learning rate of scales and thresholds over that of the weights.
+    """
+
+    governs: Callable
+    settings: tuple = ({},)
+    pretrain: float = 0.0
+    targets: bool = False
+    callbacks: Callable = lambda target, steps: []
+    multiplier: float = 1.0
+
+
+def penalty(regularizer, *settings, multiplier=1.0):
+    def governs(target, steps, **settings):
+        return regularizer(**settings)
+
+    return Method(governs, settings, multiplier=multiplier)
+
+
+def cubic(target, steps):
+    """From dense to `target` in three quarters of the steps; the rest is to recover."""
+    return ks.CubicSparsity(
+        target, end_step=max(1, steps * 3 // 4), frequency=max(1, steps // 100)
+    )
+
+
+def gradual(target, steps):
+    return functools.partial(ks.MagnitudePruning, schedule=cubic(target, steps))
+
+
+def masked(target, steps):
+    return ks.KeepZeros
+
+
+def learned(target, steps, **settings):
+    return functools.partial(ks.LTP, **settings)
+
+
+class GlobalMagnitude(keras.callbacks.Callback):
+    """Zeroes the smallest weights of a model of `KeepZeros` layers, by a schedule.
+
+    `ks.MagnitudePruning` prunes every tensor to the same sparsity; this has one cut
+    for all of them.
+    """
+
+    def __init__(self, schedule):
+        super().__init__()
+        self.schedule = schedule
+        self.step = 0
+
+    def on_train_batch_begin(self, batch, logs=None):
+        if self.schedule.is_due(self.step):
+            if hasattr(self.model, "jax_state_sync"):
+                self.model.jax_state_sync()  # variables are elsewhere during an epoch
+            self.prune(float(self.schedule(self.step)))
+        self.step += 1
+
+    def prune(self, sparsity):
+        pairs = [
+            (abs(keras.ops.convert_to_numpy(variable)), mask)
+            for layer in self.model.layers
+            if hasattr(layer, "masks")
+            for variable, mask in zip(layer.gated, layer.masks, strict=True)
+        ]
+        magnitudes = np.concatenate([magnitude.ravel() for magnitude, _ in pairs])
+        zeros = int(sparsity * magnitudes.size)
+        cut = np.partition(magnitudes, zeros)[zeros]
+        for magnitude, mask in pairs:
+            mask.assign(magnitude >= cut)
+
+
+METHODS = {
+    "magnitude": Method(lambda target, steps: None),
+    "l1": penalty(keras.regularizers.L1, {"l1": 3e-5}, {"l1": 1e-4}, {"l1": 3e-4}),
+    "sws": penalty(
+        ks.SWS,
+        {"xi": 1e-5, "psi": 1e-2},
+        {"xi": 3e-5, "psi": 1e-2},
+        {"xi": 1e-4, "psi": 1e-2},
+    ),
+    "mcp": penalty(
+        ks.MCP,
+        {"lam": 1e-4, "gamma": 1e3},
+        {"lam": 3e-4, "gamma": 1e3},
+        {"lam": 1e-3, "gamma": 1e3},
+    ),
+    "halo": penalty(
+        ks.HALO,
+        {"xi": 1e-7, "psi": 1e-4},
+        {"xi": 1e-7, "psi": 2e-4},
+        {"xi": 1e-7, "psi": 5e-4},
+        {"xi": 1e-7, "psi": 1e-3},
+        multiplier=3.0,
+    ),
+    "gradual": Method(gradual, pretrain=0.5, targets=True),
+    "gradual_global": Method(
+        masked,
+        pretrain=0.5,
+        targets=True,
+        callbacks=lambda target, steps: [GlobalMagnitude(cubic(target, steps))],
+    ),
+    "ltp": Method(
+        learned,
+        settings=({"l0": 1e-6},),
+        pretrain=0.5,
+        targets=True,
+        callbacks=lambda target, steps: [ks.SparsityTarget(target)],
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Training:
+    """How all of them train."""
+
+    epochs: int
+    batch_size: int
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    finetune: float
+    recalibrate: bool
+
+    def fit(self, model, data, epochs, multiplier=1.0, callbacks=()):
+        steps = self.steps(data, epochs)
+        optimizer = keras.optimizers.SGD(
+            keras.optimizers.schedules.CosineDecay(self.learning_rate, steps),
+            momentum=self.momentum,
+            weight_decay=self.weight_decay or None,
+        )
+        model.compile(
+            ks.SparsityOptimizer(
+                optimizer,
+                keras.optimizers.SGD(momentum=self.momentum),
+                multiplier,
+            ),
+            LOSS,
+        )
+        model.fit(
+            *data.train, self.batch_size, epochs, callbacks=list(callbacks), verbose=0
+        )
+
+    def steps(self, data, epochs):
+        return epochs * math.ceil(len(data.train[0]) / self.batch_size)
+
+
+def curve(network, data, method, settings, sparsities, training):
+    """Trains `network` by `method`: sparsity and accuracies at each of `sparsities`.
+
+    Args:
+        network: Callable without arguments: a new network, always the same.
+        data: `data.Data`.
+        method: A `Method`.
+        settings: One of its settings.
+        sparsities: List of floats in [0, 1).
+        training: A `Training`.
+
+    Returns:
+        List of dicts, one for each of `sparsities`.
+    """
+    pretrain = round(method.pretrain * training.epochs)
+    finetune = round(training.finetune * training.epochs)
+    epochs = training.epochs - pretrain - finetune
+    steps = training.steps(data, epochs)
+    dense = network()
+    if pretrain:
+        training.fit(dense, data, pretrain)
+
+    def governed(target):
+        governs = method.governs(target, steps, **settings)
+        model = dense if governs is None else ks.sparsify(dense, governs)
+        callbacks = method.callbacks(target, steps)
+        training.fit(model, data, epochs, method.multiplier, callbacks)
+        return model
+
+    trained = None if method.targets else governed(None)
+    points = []
+    for sparsity in sparsities:
+        if method.targets:
+            small = ks.finalize(governed(sparsity))
+        else:
+            small = ks.prune(trained, sparsity)
+        if training.recalibrate:
+            ks.recalibrate(small, data.train[0][:10_000], training.batch_size)
+        if finetune:
+            small = ks.sparsify(small, ks.KeepZeros)
+            training.fit(small, data, finetune)
+            small = ks.finalize(small)
+        report = ks.report(small)
+        points.append(
+            {
+                "target": sparsity,
+                "sparsity": report.sparsity,
+                "validation": accuracy(small, data.validation),
+                "test": accuracy(small, data.test),
+                "layers": {row.path: row.sparsity for row in report.rows},
+            }
+        )
+    return points
+
+
+def accuracy(model, pair):
+    model.compile(loss=LOSS, metrics=["accuracy"])
+    return model.evaluate(*pair, batch_size=1000, verbose=0, return_dict=True)[
+        "accuracy"
+    ]

@@ -1,0 +1,137 @@
+"""The callback that leads a training to the sparsity asked for."""
+
+import math
+
+import keras
+
+from keras_sparsity.checks import check_number
+from keras_sparsity.selection import governors
+
+# Times in an epoch at which the sparsity is looked at, and the strengths are changed.
+_LOOKS = 5
+
+# The part of the training in which the target is approached evenly; and the part in
+# which, from then on, what is still missing should come.
+_APPROACH = 0.6
+_CORRECTION = 0.1
+
+# The largest change of the logarithm of the strengths at a look, and the rate, in
+# logarithms of the weights left per look, that is too small to matter.
+_CHANGE = 0.5
+_STILL = 0.01
+
+# Scales need time before a weight falls. Until this part of the sparsity is there, or
+# half of the training is over, being behind is no reason to push.
+_BEGUN = 0.2
+
+
+class SparsityTarget(keras.callbacks.Callback):
+    """Steers HALO or LTP so that training ends at the sparsity asked for.
+
+    Some times in each epoch it compares how fast the weights left become fewer with how
+    fast they must, to be as few as asked for when 60 % of the training are over, and
+    sets the `strength` of every HALO and LTP in the model, the factor on its penalty,
+    all to the same value:
+
+    ```
+    left     = log(1 - sparsity now)
+    needed   = (left - log(1 - sparsity)) / looks that remain
+    rate     = left at the last look - left
+    strength = strength * exp(0.5 * (needed - rate) / (|needed| + |rate| + 0.01))
+    ```
+
+    A weight counts as gone where LTP's hard gate is closed, and where HALO's scale has
+    come to rest at its floor, which is where a `prune` to the same sparsity costs
+    nothing. The coefficients of the model (`l0`, or `xi` and `psi`) are where it
+    begins; what they should have been is found on the way, without compiling again.
+
+    Thresholds come down again slowly, and weights that were given up hardly come back:
+    coefficients that are much too large for the sparsity cannot be made up for. And
+    both methods need a learning rate that still moves something when the target comes
+    near: one that falls evenly, as along a cosine, serves better than one that falls
+    in steps early on.
+
+    Args:
+        sparsity: Float in (0, 1): the part of the weights that the methods govern
+            that shall be zero at the end of training.
+
+    Raises:
+        ValueError: If `sparsity` is out of its range; at the start of training, if
+            nothing in the model can be steered.
+
+    Example:
+
+    ```python
+    model = ks.sparsify(model, functools.partial(ks.LTP, l0=1e-6))
+    model.compile(ks.SparsityOptimizer("sgd"), loss, metrics=["accuracy"])
+    model.fit(x, y, epochs=20, callbacks=[ks.SparsityTarget(0.95)])
+    ```
+    """
+
+    def __init__(self, sparsity):
+        super().__init__()
+        self.sparsity = check_number("sparsity", sparsity, above=0)
+        if self.sparsity >= 1:
+            raise ValueError(
+                "Argument `sparsity` must be in (0, 1). "
+                f"Received: sparsity={sparsity!r}"
+            )
+
+    def on_train_begin(self, logs=None):
+        _ = self.model.losses  # where scales are made late
+        self._governors = [
+            governor
+            for governor in governors(self.model)
+            if hasattr(governor, "strength")
+        ]
+        if not self._governors:
+            raise ValueError(
+                "`SparsityTarget` must be given to a model with HALO or LTP in it. "
+                f"Received: model '{self.model.name}' without."
+            )
+        self._left = None  # not before other callbacks have restored what they restore
+
+    def on_epoch_begin(self, epoch, logs=None):
+        self._epoch, self._looks = epoch, 0
+        if self._left is None:
+            self._has_begun = False
+            self._left = self._log_left()
+
+    def on_train_batch_end(self, batch, logs=None):
+        steps = self.params["steps"]  # of generators it is not known
+        looks = (batch + 1) * _LOOKS // steps if steps else 0
+        if looks > self._looks:
+            self._looks = looks
+            if hasattr(self.model, "jax_state_sync"):
+                self.model.jax_state_sync()  # variables are elsewhere during an epoch
+            self._steer(self._epoch + looks / _LOOKS, _LOOKS)
+
+    def on_epoch_end(self, epoch, logs=None):
+        if not self._looks:
+            self._steer(epoch + 1, 1)
+
+    def _steer(self, epochs, looks_per_epoch):
+        """Changes the strengths, `epochs` after the start of the training."""
+        progress = epochs / self.params["epochs"]
+        last, self._left = self._left, self._log_left()
+        if not self._has_begun and progress < 0.5:
+            return
+        remaining = max(_APPROACH - progress, _CORRECTION)
+        looks = max(1.0, remaining * self.params["epochs"] * looks_per_epoch)
+        needed = (self._left - math.log(1 - self.sparsity)) / looks
+        rate = last - self._left
+        change = (needed - rate) / (abs(needed) + abs(rate) + _STILL)
+        strength = float(keras.ops.convert_to_numpy(self._governors[0].strength))
+        strength *= math.exp(_CHANGE * change)
+        for governor in self._governors:
+            low, high = governor.strength_range
+            strength = min(max(strength, low), high)
+        for governor in self._governors:
+            governor.strength.assign(strength)
+
+    def _log_left(self):
+        """The logarithm of the part of the weights that is left."""
+        counts = [governor.count_pruned() for governor in self._governors]
+        pruned, size = (sum(column) for column in zip(*counts, strict=True))
+        self._has_begun |= pruned >= _BEGUN * self.sparsity * size
+        return math.log(max(size - pruned, 1) / size)

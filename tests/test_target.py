@@ -1,0 +1,112 @@
+"""Trainings that are led to a sparsity."""
+
+import functools
+import math
+
+import keras
+import numpy as np
+import pytest
+from keras import layers
+
+import keras_sparsity as ks
+from keras_sparsity.selection import governors
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(size=(640, 40)).astype("float32")
+# Only few of the inputs matter.
+Y = np.tanh(X[:, :8] @ RNG.normal(size=(8, 4))).astype("float32")
+
+LTP = functools.partial(ks.LTP, l0=1e-6)
+
+
+def network(method, epochs=40):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential(
+        [keras.Input((40,)), layers.Dense(100, activation="relu"), layers.Dense(4)]
+    )
+    model = ks.sparsify(model, method)
+    schedule = keras.optimizers.schedules.CosineDecay(0.05, 10 * epochs)
+    sgd = keras.optimizers.SGD
+    optimizer = ks.SparsityOptimizer(sgd(schedule, momentum=0.9), sgd(momentum=0.9))
+    model.compile(optimizer, "mse")
+    return model
+
+
+def train(model, *callbacks, epochs=40):
+    model.fit(X, Y, 64, epochs, callbacks=list(callbacks), verbose=0, shuffle=False)
+
+
+def part_pruned(model):
+    counts = [governor.count_pruned() for governor in governors(model)]
+    pruned, size = (sum(column) for column in zip(*counts, strict=True))
+    assert size == 40 * 100 + 100 * 4
+    return pruned / size
+
+
+@pytest.mark.parametrize("sparsity", [0.8, 0.95])
+def test_ltp_ends_at_the_sparsity(sparsity):
+    model = network(LTP)
+    train(model, ks.SparsityTarget(sparsity))
+    assert part_pruned(model) == ks.report(model).sparsity
+    assert abs(part_pruned(model) - sparsity) < 0.005
+
+
+def test_halo_ends_where_the_prune_is_free():
+    model = network(ks.HALO(xi=5e-6, psi=2e-2))
+    train(model, ks.SparsityTarget(0.9))
+    assert abs(part_pruned(model) - 0.9) < 0.005
+    loss = np.mean((model.predict(X, verbose=0) - Y) ** 2)
+    small = ks.prune(model, 0.9)
+    assert np.mean((small.predict(X, verbose=0) - Y) ** 2) == pytest.approx(
+        loss, rel=0.1
+    )
+
+
+def test_strength_follows_the_formula():
+    model = network(LTP)
+    target = ks.SparsityTarget(0.9)
+    target.set_model(model)
+    target.set_params({"epochs": 4, "steps": 10})
+    target.on_train_begin()
+    left, strength = [], 1.0
+    for threshold in (0.5, 1.0, 1.5):
+        for governor in governors(model):
+            governor.thresholds[0].assign(threshold)
+        left.append(math.log(1 - ks.report(model).sparsity))
+        if len(left) == 1:
+            target.on_epoch_begin(0)
+        else:
+            target.on_train_batch_end(0)  # no look: those are after every other batch
+            looks = len(left) - 1
+            target.on_train_batch_end(2 * looks - 1)
+            needed = (left[-1] - math.log(0.1)) / (0.6 * 20 - looks)
+            rate = left[-2] - left[-1]
+            strength *= math.exp(
+                0.5 * (needed - rate) / (abs(needed) + abs(rate) + 0.01)
+            )
+        for governor in governors(model):
+            value = float(keras.ops.convert_to_numpy(governor.strength))
+            assert value == pytest.approx(strength, rel=1e-5)
+    assert strength > 1.1
+
+
+def test_penalty_is_scaled_without_a_new_compilation():
+    model = network(LTP)
+    total = model.evaluate(X, Y, verbose=0)
+    task = np.mean((model.predict(X, verbose=0) - Y) ** 2)
+    for governor in governors(model):
+        governor.strength.assign(3.0)
+    tripled = 3 * (total - task)
+    assert model.evaluate(X, Y, verbose=0) - task == pytest.approx(tripled, rel=1e-3)
+
+
+@pytest.mark.parametrize("sparsity", [0, 1, -0.5, math.nan, "0.9"])
+def test_sparsity_out_of_range(sparsity):
+    with pytest.raises(ValueError, match="Argument `sparsity` must be"):
+        ks.SparsityTarget(sparsity)
+
+
+def test_nothing_to_steer():
+    model = network(ks.KeepZeros)
+    with pytest.raises(ValueError, match="must be given to a model with HALO or LTP"):
+        train(model, ks.SparsityTarget(0.9))
