@@ -3,6 +3,7 @@
 import importlib
 
 from keras_sparsity.accelerate import accelerate
+from keras_sparsity.compact import compact
 from keras_sparsity.masks import KeepZeros, MagnitudePruning
 from keras_sparsity.optimizers import SparsityOptimizer
 from keras_sparsity.recalibration import recalibrate
@@ -34,6 +35,7 @@ __all__ = [
     "SparsityTrail",
     "Trail",
     "accelerate",
+    "compact",
     "export_litert",
     "finalize",
     "prune",

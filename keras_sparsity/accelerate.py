@@ -6,11 +6,10 @@ import keras
 import numpy as np
 
 from keras_sparsity.checks import check_integer
-from keras_sparsity.rebuild import Rebuilt, clone, copy_state
+from keras_sparsity.rebuild import Rebuilt, check_rebuildable, clone, copy_state
 from keras_sparsity.selection import governors, kernels, leaves, to_array
 from keras_sparsity.sparse_layer import SparseLayer, why_dense
 from keras_sparsity.timing import inference, paired_medians
-from keras_sparsity.transform import check_rewritable
 
 # Less than this much faster is not worth it, and may be chance.
 _LEAST_GAIN = 1.1
@@ -126,7 +125,7 @@ def accelerate_by(model, batch_size, measure):
         measure: Function of a list of two functions without arguments, which run the
             dense layer and the sparse one: the seconds that each of them takes.
     """
-    check_rewritable(model, "accelerate")
+    check_rebuildable(model, "accelerate")
     batch_size = check_integer("batch_size", batch_size, at_least=1)
     for governor in governors(model):
         raise ValueError(

@@ -1,6 +1,5 @@
 """How many multiplications and additions each weight takes part in."""
 
-import itertools
 import math
 import re
 
@@ -8,7 +7,7 @@ import keras
 from keras import tree
 
 from keras_sparsity.rebuild import clone, random_state_kept
-from keras_sparsity.selection import is_rewritable, plain_weights
+from keras_sparsity.selection import calls, is_rewritable, plain_weights
 from keras_sparsity.substitution import TransparentWrapper
 
 # Keras' names for weights that are no factors of a matrix product.
@@ -60,9 +59,7 @@ def uses_in_model(model) -> dict:
     found: dict[int, list] = {id(w): [] for w in plain_weights(model)}
     if not hasattr(model, "inputs"):  # a Sequential with layers that cannot be traced
         return dict.fromkeys(found)
-    # Only the private nodes tell of every call of a layer, and of the sizes there.
-    graph = keras.Function(model.inputs, model.outputs)
-    for node in itertools.chain(*graph._nodes_by_depth.values()):
+    for node in calls(model):
         if isinstance(node.operation, keras.Layer):
             arguments = node.arguments.args, node.arguments.kwargs
             for key, uses in _uses_in_call(node.operation, *arguments).items():

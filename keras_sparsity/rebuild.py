@@ -10,6 +10,7 @@ from keras import tree
 
 from keras_sparsity.replicas import scope_of
 from keras_sparsity.selection import (
+    check_model,
     governors,
     is_method_variable,
     is_rewritable,
@@ -39,6 +40,19 @@ def random_state_kept():
         random.setstate(state)
 
 
+def check_rebuildable(model, function):
+    """Raises unless `model` can be built anew without losing anything."""
+    check_model(model, function)
+    for layer in walk(model):
+        if getattr(layer, "lora_enabled", False):
+            raise ValueError(
+                f"Argument `model` of `{function}` must have no LoRA adapters: what "
+                "they add to a kernel would be lost. Received one in layer "
+                f"'{layer.name}'. Save the weights, and load them into the model built "
+                "without adapters."
+            )
+
+
 class Rebuilt:
     """`model` with `convert(layer)` in place of each of its layers.
 
@@ -49,6 +63,8 @@ class Rebuilt:
     Args:
         model: A built Sequential or Functional model.
         convert: Callable: a new layer for a layer of the model.
+        fill: Callable: gives the weights of a layer to what stands in its place.
+            Defaults to `copy_state`.
 
     Attributes:
         model: The new model, uncompiled, of the same weights.
@@ -56,8 +72,9 @@ class Rebuilt:
         errors: Dict of `id(layer)` to pairs of a layer that was cloned, and why.
     """
 
-    def __init__(self, model, convert):
+    def __init__(self, model, convert, fill=None):
         self._convert = convert
+        self._fill = fill or copy_state
         self.errors: dict[int, tuple] = {}
         # Custom layers need not be registered: their classes are at hand.
         classes = {
@@ -81,7 +98,7 @@ class Rebuilt:
             self.layers = list(self._olds.values())
             for old, new in self.layers:
                 with self._noting_errors(old):
-                    copy_state(old, new)
+                    self._fill(old, new)
         except _Again:
             return False
         return True

@@ -8,6 +8,7 @@ import numpy as np
 from keras import ops
 
 from keras_sparsity.files import write_archive
+from keras_sparsity.influence import DeadUnits, dead_units
 from keras_sparsity.macs import uses_in_model
 from keras_sparsity.selection import (
     check_model,
@@ -78,11 +79,15 @@ class SparsityReport:
         compressed_bytes: Size of the file that `save_model` writes of the finalized
             model, estimated from config and weights: within a few percent, in files of
             a few kilobytes within about a tenth.
+        dead_units: List of `DeadUnits`: neurons and filters that have no influence, and
+            why they must stay, or that `compact` removes them. Those of layers that a
+            method governs are not looked for.
     """
 
     rows: list[WeightRow]
     sparsity: float
     compressed_bytes: int
+    dead_units: list[DeadUnits]
 
     @property
     def parameters(self) -> int:
@@ -141,6 +146,10 @@ class SparsityReport:
             text += f"\nand {len(rest)} weights of rank 0 and 1, which are not pruned"
         for reason, paths in reasons.items():
             text += f"\n- {', '.join(paths)}: {reason}"
+        for found in self.dead_units:
+            fate = f"stay: {found.reason}" if found.reason else "go with `compact`"
+            text += f"\n- {found.dead} of {found.units} units of {found.layer} are dead"
+            text += f" and {fate}"
         return (
             f"{text}\n"
             f"sparsity {self.sparsity:.2%} ({self.total_sparsity:.2%} of all "
@@ -197,6 +206,7 @@ def report(model) -> SparsityReport:
         rows=rows,
         sparsity=zeros / max(size, 1),
         compressed_bytes=_compressed_bytes(model, arrays),
+        dead_units=dead_units(model),
     )
 
 

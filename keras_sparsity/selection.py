@@ -86,6 +86,16 @@ def leaves(model) -> list:
     return list(found.values())
 
 
+def calls(model) -> list:
+    """The nodes of the graph of `model`, its inputs left out, in the order they run."""
+    # Only the private nodes tell of every call of a layer, and of the sizes there.
+    by_depth = keras.Function(model.inputs, model.outputs)._nodes_by_depth
+    nodes = [
+        node for depth in sorted(by_depth, reverse=True) for node in by_depth[depth]
+    ]
+    return [node for node in nodes if not node.is_input]
+
+
 def no_match(model, filters: Filters) -> str:
     """What to say where `filters` select nothing."""
     return (

@@ -10,11 +10,10 @@ from keras import tree
 
 from keras_sparsity.checks import check_sparsity
 from keras_sparsity.masks import KeepZeros
-from keras_sparsity.rebuild import Rebuilt, clone
+from keras_sparsity.rebuild import Rebuilt, check_rebuildable, clone
 from keras_sparsity.selection import (
     Governed,
     check_filters,
-    check_model,
     check_weights,
     full_precision,
     governed_weights,
@@ -26,7 +25,6 @@ from keras_sparsity.selection import (
     plain_weights,
     prunable,
     to_array,
-    walk,
 )
 from keras_sparsity.wrappers import Penalized
 
@@ -65,7 +63,7 @@ def sparsify(model, method, filters=None):
     model = ks.sparsify(model, functools.partial(ks.LTP, l0=1e-6), filters="conv")
     ```
     """
-    check_rewritable(model, "sparsify")
+    check_rebuildable(model, "sparsify")
     check_filters(filters)
     if isinstance(method, keras.regularizers.Regularizer):
         wrap = functools.partial(_penalize, regularizer=method)
@@ -174,7 +172,7 @@ def finalize(model, keep_zeros=False):
     small = ks.finalize(tuned)
     ```
     """
-    check_rewritable(model, "finalize")
+    check_rebuildable(model, "finalize")
     check_weights(model)
     values = {
         id(governed.variable): to_array(governed.effective)
@@ -230,7 +228,7 @@ def prune(model, sparsity, scope="global", filters=None):
 
     - [Seto et al., HALO](https://arxiv.org/abs/2008.10183): the last step.
     """
-    check_rewritable(model, "prune")
+    check_rebuildable(model, "prune")
     sparsity = check_sparsity("sparsity", sparsity)
     if scope not in ("global", "layer"):
         raise ValueError(
@@ -272,7 +270,7 @@ def pruning_curve(
         print(point["sparsity"], point["accuracy"])
     ```
     """
-    check_rewritable(model, "pruning_curve")
+    check_rebuildable(model, "pruning_curve")
     if not model.compiled:
         raise ValueError(
             "Argument `model` of `pruning_curve` must be compiled with the metrics to "
@@ -309,18 +307,6 @@ def pruning_curve(
         metrics = small.evaluate(x, y, batch_size, verbose=0, return_dict=True)
         curve.append({"sparsity": sparsity, **metrics})
     return curve
-
-
-def check_rewritable(model, function):
-    check_model(model, function)
-    for layer in walk(model):
-        if getattr(layer, "lora_enabled", False):
-            raise ValueError(
-                f"Argument `model` of `{function}` must have no LoRA adapters: what "
-                "they add to a kernel would be lost. Received one in layer "
-                f"'{layer.name}'. Save the weights, and load them into the model built "
-                "without adapters."
-            )
 
 
 def pruned_values(model, sparsity, scope="global", filters=None):

@@ -18,10 +18,11 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
 
 FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "products", "record"}
-    | {"replicas", "schedules", "selection", "state", "substitution", "timing"},
-    {"counting", "macs", "masks", "optimizers", "rebuild", "recalibration"}
-    | {"regularizers", "report", "saving", "sparse_layer", "wrappers"},
-    {"target", "transform"},
+    | {"replicas", "schedules", "selection", "state", "substitution", "timing"}
+    | {"units"},
+    {"counting", "influence", "macs", "masks", "optimizers", "rebuild"}
+    | {"recalibration", "regularizers", "report", "saving", "sparse_layer", "wrappers"},
+    {"compact", "target", "transform"},
     {"accelerate", "trail"},
     {"__init__"},
     {"__main__"},
@@ -32,6 +33,7 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 NEIGHBORS = {
     ("macs", "rebuild"),
     ("record", "checks"),
+    ("report", "influence"),
     ("report", "macs"),
     ("schedules", "checks"),
     ("sparse_layer", "rebuild"),
@@ -39,6 +41,7 @@ NEIGHBORS = {
     ("state", "selection"),
     ("substitution", "selection"),
     ("timing", "selection"),
+    ("units", "selection"),
 }
 
 # What is imported only inside the function that uses it.
@@ -52,10 +55,10 @@ PRIVATE = {
     ("bounds", "_use_weight_decay"): "which variables an optimizer decays",
     ("handover", "_version"): "torch: whether a tensor was changed in place",
     ("macs", "_layers"): "the layers in a layer that is no model",
-    ("macs", "_nodes_by_depth"): "every call of a layer, and the sizes there",
     ("optimizers", "_iterations"): "one count of steps for two optimizers",
     ("optimizers", "_model_variables_moving_average"): "the averages of two optimizers",
     ("selection", "_layers"): "the layers in a layer that is no model",
+    ("selection", "_nodes_by_depth"): "every call of a layer, and the sizes there",
     ("selection", "_trainable_variables"): "what a frozen layer would train",
     ("substitution", "_clear_losses"): "losses of a call that are counted elsewhere",
     ("trail", "_initial_epoch"): "the epoch at which `fit` begins",
@@ -81,6 +84,7 @@ CONTRACT = {
     "SparsityTrail",
     "Trail",
     "accelerate",
+    "compact",
     "export_litert",
     "finalize",
     "prune",

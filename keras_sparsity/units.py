@@ -1,0 +1,408 @@
+"""What layers do to units: the neurons, filters and channels of a model.
+
+A unit is an entry of a tensor along one axis. For each kind of layer that works unit by
+unit, or adds units up, an object says which units of its output are constant, which of
+its inputs are used where some of its outputs are, and how it is without some of them.
+Any other layer is a barrier, and all units that go into it stay.
+"""
+
+from typing import Any
+
+import keras
+import numpy as np
+from keras import layers, ops
+
+from keras_sparsity.selection import to_array
+
+# Those that take one number at a time.
+_ACTIVATIONS = {
+    getattr(keras.activations, name)
+    for name in (
+        "celu elu exponential gelu hard_shrink hard_sigmoid hard_silu hard_tanh "
+        "leaky_relu linear log_sigmoid mish relu relu6 selu sigmoid silu soft_shrink "
+        "softplus softsign sparse_plus sparse_sigmoid squareplus tanh tanh_shrink"
+    ).split()
+}
+
+
+class Units:
+    """The units of a tensor.
+
+    Attributes:
+        axis: Integer, the axis of the tensor along which they lie.
+        wires: Array of integers: units of one wire stay or go together.
+        values: Array of what each always is, NaN where that depends on the input.
+        used: Array of booleans: whether an output of the model depends on it.
+    """
+
+    def __init__(self, axis, wires, values):
+        self.axis = axis
+        self.wires = wires
+        self.values = np.where(np.isfinite(values), values, np.nan)
+        self.used = np.zeros(len(wires), bool)
+
+    @property
+    def known(self):
+        return ~np.isnan(self.values)
+
+
+class Obstacle(Exception):
+    """Why a call of a layer is a barrier: what the layer does."""
+
+
+class Call:
+    """What a call of a layer does to units.
+
+    Args:
+        layer: The layer, built.
+        network: What the units of tensors are taken from, and new ones made with.
+        inputs: List of the tensors that the layer is called with.
+        output: The tensor that it returns.
+
+    Attributes:
+        output: The units of that, `None` where they are not known.
+
+    Raises:
+        Obstacle: If that is not known.
+    """
+
+    output: Any = None
+
+    def __init__(self, layer, network, inputs, output):
+        self.layer = layer
+
+    def uses(self):
+        """Yields units, which of them are used, and why these must stay.
+
+        Without a reason it is that of the units that they become.
+        """
+        raise NotImplementedError
+
+    def dead(self, reasons):
+        """How many units the layer makes, and for each dead one why it stays.
+
+        Args:
+            reasons: Callable: array of that for `Units`, `None` for those that go.
+        """
+        return 0, []
+
+    def smaller(self, stays):
+        """The arguments and the weights that differ without the units that go.
+
+        Args:
+            stays: Callable: array of booleans for `Units`.
+
+        Returns:
+            Two dicts, of arguments and of arrays by name; `None` if nothing differs.
+        """
+
+
+class Barrier(Call):
+    """A layer that may do anything: all that goes into it stays."""
+
+    def __init__(self, layer, inputs, obstacle):
+        self.layer = layer
+        self._inputs = inputs
+        self._obstacle = obstacle
+
+    def uses(self):
+        reason = f"it goes into '{self.layer.name}', which {self._obstacle}"
+        for units in self._inputs:
+            yield units, np.ones_like(units.used), reason
+
+    def dead(self, reasons):
+        if KINDS.get(type(self.layer)) is not _Mixing:
+            return 0, []
+        kernel = to_array(self.layer.kernel)
+        live = np.any(kernel, axis=tuple(range(kernel.ndim - 1)))
+        dead = len(live) - np.count_nonzero(live)
+        return len(live), [f"its layer {self._obstacle}"] * dead
+
+
+class _Mixing(Call):
+    """Dense and convolution: each output is a sum over all inputs."""
+
+    def __init__(self, layer, network, inputs, output):
+        super().__init__(layer, network, inputs, output)
+        (tensor,) = inputs
+        if getattr(layer, "groups", 1) > 1:
+            raise Obstacle("has groups")
+        axis = _channels(layer, tensor)
+        self._input = network.units(tensor, axis)
+        kernel = _in_float32(layer.kernel)
+        kernel = kernel.reshape(-1, *kernel.shape[-2:])
+        self._feeds = kernel.any(0)
+        self._sums = kernel.sum(0)
+        self._folds = _folds(layer, self._input)
+        varies = self._feeds[~self._folds].any(0)
+        if layer.activation not in _ACTIVATIONS:
+            varies[:] = True
+        values = _activated(layer, self._constants(self._folds))
+        self.output = network.new(axis, np.where(varies, np.nan, values))
+        if layer.activation not in _ACTIVATIONS:
+            network.fix(self.output, "the activation of its layer may mix units")
+
+    def _constants(self, folded):
+        """What constant inputs add up to, with the bias."""
+        return self._input.values[folded] @ self._sums[folded] + _bias(self.layer)
+
+    def uses(self):
+        used = (self._feeds & ~self._folds[:, None])[:, self.output.used].any(1)
+        name, known = self.layer.name, self._input.known
+        reason = f"it is constant, not 0, and '{name}' pads with zeros"
+        yield self._input, used & known, reason
+        reason = f"it shares its place with a unit that '{name}' uses"
+        yield self._input, used & ~known, reason
+
+    def dead(self, reasons):
+        return _reasons_of_dead(self.output, reasons)
+
+    def smaller(self, stays):
+        before, after = stays(self._input), stays(self.output)
+        if before.all() and after.all():
+            return None
+        # What nothing uses must be finite, and has lost some of its inputs.
+        live = self.output.used | self.output.known
+        kernel = np.where(live, to_array(self.layer.kernel), 0)
+        bias = np.where(live, self._constants(self._folds & ~before), 0)[after]
+        uses_bias = self.layer.use_bias or bool(bias.any())
+        size = "units" if hasattr(self.layer, "units") else "filters"
+        arguments = {size: int(after.sum()), "use_bias": uses_bias}
+        weights = {"kernel": kernel[..., before, :][..., after]}
+        return arguments, weights | ({"bias": bias} if uses_bias else {})
+
+
+class _Unitwise(Call):
+    """Each output comes from one input, and is what that is: dropout."""
+
+    def __init__(self, layer, network, inputs, output):
+        super().__init__(layer, network, inputs, output)
+        (self._tensor,) = inputs
+        self._input = network.units(self._tensor, self._axis())
+        self._source = self._sources()
+        rank = len(output.shape)
+        axis = self._input.axis if rank == len(self._tensor.shape) else 1
+        self.output = Units(axis, self._input.wires[self._source], self._values())
+
+    def _axis(self):
+        """Along which axis the units must lie, if the layer is not free."""
+
+    def _sources(self):
+        """From which input each output comes."""
+        return np.arange(len(self._input.wires))
+
+    def _values(self):
+        """What each output always is."""
+        return self._input.values
+
+    def uses(self):
+        # Not where the output is constant whatever the input is.
+        known = self._input.known[self._source]
+        depends = self.output.used & (known | ~self.output.known)
+        used = np.zeros_like(self._input.used)
+        used[self._source[depends]] = True
+        yield self._input, used, None
+
+
+class _Flattening(_Unitwise):
+    """Every position of a channel becomes a unit."""
+
+    def _sources(self):
+        shape = self._tensor.shape[1:]
+        if None in shape:
+            raise Obstacle("flattens a size that is not known")
+        index = _lay(np.arange(len(self._input.wires)), self._input.axis, len(shape))
+        return to_array(self.layer(np.broadcast_to(index, (1, *shape))))[0]
+
+    def _values(self):
+        return self._input.values[self._source]
+
+
+class _Elementwise(_Unitwise):
+    """Activations: the layer itself tells what it makes of a constant."""
+
+    def __init__(self, layer, network, inputs, output):
+        if getattr(layer, "activation", keras.activations.linear) not in _ACTIVATIONS:
+            raise Obstacle("may mix units")
+        super().__init__(layer, network, inputs, output)
+
+    def _values(self):
+        known = self._constant()
+        if not known.any():
+            return self._input.values
+        axis, shape = self._input.axis, self._tensor.shape[1:]
+        values = _lay(np.nan_to_num(self._input.values), axis, len(shape))
+        # At all positions, since there may be a slope for each.
+        image = np.broadcast_to(values, (1, *(size or 1 for size in shape)))
+        image = _in_float32(self.layer(image.astype("float32")))
+        image = np.moveaxis(image, axis, 0).reshape(len(known), -1)
+        low, high = image.min(1), image.max(1)
+        return np.where(known & np.isclose(low, high, 1e-6, 1e-7), low, np.nan)
+
+    def _constant(self):
+        """Which outputs may be constant."""
+        return self._input.known
+
+    def smaller(self, stays):
+        kept = stays(self._input)
+        if kept.all():
+            return None
+        weights = {}
+        for weight in self.layer.weights:
+            array = to_array(weight)
+            axis = self._input.axis - 1 if array.ndim > 1 else 0
+            if array.shape[axis] == len(kept):  # else there is one for all
+                array = array.compress(kept, axis)
+            weights[weight.name] = array
+        return {}, weights
+
+
+class _Normalization(_Elementwise):
+    """Batch normalization, whose statistics inference does not change."""
+
+    def _axis(self):
+        return self.layer.axis % len(self._tensor.shape)
+
+    def _constant(self):
+        gamma = 1.0 if self.layer.gamma is None else _in_float32(self.layer.gamma)
+        return self._input.known | (gamma == 0)
+
+
+class _Spatial(_Unitwise):
+    """Works on the positions of each channel, and leaves a constant: pooling."""
+
+    def _axis(self):
+        return _channels(self.layer, self._tensor)
+
+
+class _Padding(_Spatial):
+    """Zeros around an image: a constant stays one if it is 0."""
+
+    def _values(self):
+        return np.where(self._input.values == 0, 0.0, np.nan)
+
+
+class _Depthwise(_Spatial):
+    """Depthwise convolution: some filters for each channel."""
+
+    def _sources(self):
+        channels = np.arange(len(self._input.wires))
+        return np.repeat(channels, self.layer.depth_multiplier)
+
+    def _values(self):
+        if self.layer.activation not in _ACTIVATIONS:
+            raise Obstacle("may mix units")
+        kernel = _in_float32(self.layer.kernel).reshape(-1, len(self._source))
+        folds = _folds(self.layer, self._input)[self._source]
+        inputs = np.where(folds, self._input.values[self._source], 0)
+        values = _activated(self.layer, inputs * kernel.sum(0) + _bias(self.layer))
+        return np.where(folds | ~kernel.any(0), values, np.nan)
+
+    def dead(self, reasons):
+        return _reasons_of_dead(self.output, reasons)
+
+    def smaller(self, stays):
+        before, after = stays(self._input), stays(self.output)
+        if before.all():
+            return None
+        weights = {"kernel": to_array(self.layer.kernel)[..., before, :]}
+        if self.layer.use_bias:
+            weights["bias"] = to_array(self.layer.bias)[after]
+        return {}, weights
+
+
+class _Merging(Call):
+    """Add and its like: a unit stays in all branches or in none."""
+
+    def __init__(self, layer, network, inputs, output):
+        super().__init__(layer, network, inputs, output)
+        self._inputs = [network.units(tensor) for tensor in inputs]
+        shapes = {tuple(tensor.shape) for tensor in inputs}
+        if len(shapes) > 1 or len({units.axis for units in self._inputs}) > 1:
+            raise Obstacle("merges tensors of different shapes")
+        first, *others = self._inputs
+        for units in others:
+            network.tie(first.wires, units.wires)
+        rank = len(output.shape) - 1
+        values = layer([_lay(u.values, first.axis, rank) for u in self._inputs])
+        self.output = Units(first.axis, first.wires, _in_float32(values).ravel())
+
+    def uses(self):
+        for units in self._inputs:
+            yield units, self.output.used, None
+
+
+class _Concatenating(Call):
+    """The units of one input after those of the other."""
+
+    def __init__(self, layer, network, inputs, output):
+        super().__init__(layer, network, inputs, output)
+        axis = layer.axis % len(output.shape)
+        self._inputs = [network.units(tensor, axis) for tensor in inputs]
+        wires = np.concatenate([units.wires for units in self._inputs])
+        values = np.concatenate([units.values for units in self._inputs])
+        self.output = Units(axis, wires, values)
+
+    def uses(self):
+        ends = np.cumsum([len(units.wires) for units in self._inputs])[:-1]
+        parts = np.split(self.output.used, ends)
+        for units, used in zip(self._inputs, parts, strict=True):
+            yield units, used, None
+
+
+# By the very type: what is derived from one may do something else.
+KINDS: dict[type, type[Call]] = {
+    getattr(layers, name): kind
+    for kind, names in {
+        _Mixing: "Dense Conv1D Conv2D Conv3D",
+        _Depthwise: "DepthwiseConv1D DepthwiseConv2D",
+        _Normalization: "BatchNormalization",
+        _Elementwise: "Activation ELU LeakyReLU PReLU ReLU",
+        _Unitwise: "AlphaDropout Dropout GaussianDropout GaussianNoise Identity "
+        "SpatialDropout1D SpatialDropout2D SpatialDropout3D",
+        _Spatial: "AveragePooling1D AveragePooling2D AveragePooling3D "
+        "GlobalAveragePooling1D GlobalAveragePooling2D GlobalAveragePooling3D "
+        "GlobalMaxPooling1D GlobalMaxPooling2D GlobalMaxPooling3D "
+        "MaxPooling1D MaxPooling2D MaxPooling3D",
+        _Padding: "ZeroPadding1D ZeroPadding2D ZeroPadding3D",
+        _Flattening: "Flatten",
+        _Merging: "Add Average Subtract",
+        _Concatenating: "Concatenate",
+    }.items()
+    for name in names.split()
+}
+
+
+def _channels(layer, tensor):
+    """The axis of the channels."""
+    first = getattr(layer, "data_format", None) == "channels_first"
+    return 1 if first else len(tensor.shape) - 1
+
+
+def _lay(values, axis, rank):
+    """`values` along an axis of a batch of one of this rank, the batch not counted."""
+    return values.reshape([-1 if i == axis else 1 for i in range(rank + 1)])
+
+
+def _folds(layer, units):
+    """Which constants do to the layer what they do at every position."""
+    padded = getattr(layer, "padding", "valid") != "valid" and any(
+        size > 1 for size in layer.kernel_size
+    )
+    return units.values == 0 if padded else units.known
+
+
+def _bias(layer):
+    return 0.0 if layer.bias is None else _in_float32(layer.bias)
+
+
+def _activated(layer, values):
+    return _in_float32(layer.activation(ops.cast(values, layer.compute_dtype)))
+
+
+def _in_float32(tensor):
+    return to_array(tensor).astype("float32", copy=False)
+
+
+def _reasons_of_dead(units, reasons):
+    return len(units.used), list(reasons(units)[units.known | ~units.used])
