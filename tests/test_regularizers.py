@@ -305,7 +305,7 @@ def test_every_weight_is_stored_once(stored_arrays):
     model = model_of(HALO(XI, PSI), HALO(XI, PSI))
     _ = model.losses
     assert len({w.path for w in model.weights}) == len(model.weights) == 8
-    assert len(stored_arrays(model)) == 6
+    assert len(stored_arrays(model)) == 8
 
 
 @pytest.mark.parametrize(

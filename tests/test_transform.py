@@ -51,7 +51,7 @@ def total(penalties):
 
 def plain_weights(model):
     """The weights that the dense model has too."""
-    own = ("halo_scale", "ltp_threshold", "keep_mask")
+    own = ("halo_scale", "halo_strength", "ltp_threshold", "ltp_strength", "keep_mask")
     return [w for w in model.weights if not w.name.startswith(own)]
 
 
