@@ -63,7 +63,7 @@ class LTP(SubstitutingWrapper):
         layer: The `keras.Layer` to prune: any that has a trainable weight of rank 2 or
             more.
         l0: Float >= 0, the coefficient of the number of weights. It adds up over
-            weights, so useful values are small: 1e-6 to 3e-5.
+            weights, so useful values are small: 1e-6 to 3e-5. Defaults to 1e-6.
         temperature: Float > 0, the width of the soft gate in units of `Var(|w|)`.
             Defaults to 1e-2.
         initial_threshold: Float >= 0, in `threshold_units`. Defaults to 0: nothing is
@@ -108,7 +108,7 @@ class LTP(SubstitutingWrapper):
     def __init__(
         self,
         layer,
-        l0,
+        l0=1e-6,
         temperature=1e-2,
         initial_threshold=0.0,
         threshold_units="variance",

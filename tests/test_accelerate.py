@@ -1,5 +1,6 @@
 """Sparse execution: what runs sparse, what it computes, and what it refuses."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -234,6 +235,10 @@ numpy.testing.assert_array_equal(fast.predict(x), model.predict(x))
 """
 
 
+@pytest.mark.skipif(
+    importlib.util.find_spec("jax") is None,
+    reason="Keras' backend of NumPy needs JAX, which is not installed",
+)
 def test_a_backend_without_sparse_kernels_runs_dense():
     environment = {
         **os.environ,
