@@ -61,9 +61,12 @@ def main(arguments=None):
 def print_report(path, as_json):
     found = report(load(path))
     if as_json:
-        rows = [dataclasses.asdict(row) for row in found.rows]
         totals = {name: getattr(found, name) for name in TOTALS}
-        print(json.dumps({**totals, "rows": rows}, indent=2))
+        rows = {
+            name: [dataclasses.asdict(row) for row in getattr(found, name)]
+            for name in ("rows", "dead_units")
+        }
+        print(json.dumps({**totals, **rows}, indent=2))
     else:
         print(found)
 
