@@ -113,7 +113,9 @@ def pool(processes):
     if threads == 1:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     return concurrent.futures.ProcessPoolExecutor(
-        processes, mp_context=multiprocessing.get_context("spawn")
+        processes,
+        mp_context=multiprocessing.get_context("spawn"),
+        max_tasks_per_child=4,  # what was compiled stays in memory
     )
 
 

@@ -224,7 +224,9 @@ def curve(network, data, method, settings, sparsities, training):
                 "sparsity": report.sparsity,
                 "validation": accuracy(small, data.validation),
                 "test": accuracy(small, data.test),
-                "layers": {row.path: row.sparsity for row in report.rows},
+                "layers": {
+                    row.path: row.sparsity for row in report.rows if len(row.shape) >= 2
+                },
             }
         )
     return points

@@ -1,0 +1,153 @@
+"""The comparison of methods: what it trains, records, chooses and draws."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import keras
+import numpy as np
+import pytest
+
+import keras_sparsity as ks
+
+EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
+sys.path.insert(0, str(EXAMPLES))
+
+import curves  # noqa: E402
+import data as data_sets  # noqa: E402
+import methods  # noqa: E402
+
+RNG = np.random.default_rng(0)
+
+
+def images(count):
+    labels = RNG.integers(0, 3, count)
+    x = RNG.normal(labels[:, None], 1, size=(count, 12)).astype("float32")
+    return x.reshape(count, 2, 6, 1), labels
+
+
+DATA = data_sets.Data(images(160), images(40), images(40), 3, (2, 6, 1), 160)
+TRAINING = methods.Training(
+    epochs=4,
+    batch_size=16,
+    learning_rate=0.05,
+    momentum=0.9,
+    weight_decay=1e-3,
+    finetune=0.25,
+    recalibrate=True,
+)
+
+
+def network():
+    keras.utils.set_random_seed(0)
+    return keras.Sequential(
+        [
+            keras.Input((2, 6, 1)),
+            keras.layers.Flatten(),
+            keras.layers.Dense(20),
+            keras.layers.BatchNormalization(),
+            keras.layers.ReLU(),
+            keras.layers.Dense(3),
+        ]
+    )
+
+
+@pytest.mark.parametrize("name", sorted({*methods.METHODS} - {"ltp"}))
+def test_every_method_comes_to_the_sparsity(name):
+    method = methods.METHODS[name]
+    points = methods.curve(
+        network, DATA, method, method.settings[0], [0.5, 0.8], TRAINING
+    )
+    assert [point["target"] for point in points] == [0.5, 0.8]
+    for point in points:
+        # Each of two kernels, of 240 and 60 weights, may round down.
+        assert point["target"] - 2 / 300 <= point["sparsity"] <= point["target"]
+        assert len(point["layers"]) == 2
+        assert 0.3 < point["test"] <= 1
+
+
+def test_ltp_is_steered():
+    method = methods.METHODS["ltp"]
+    (point,) = methods.curve(network, DATA, method, {"l0": 1e-3}, [0.5], TRAINING)
+    assert point["sparsity"] > 0.1
+
+
+def test_one_cut_for_all_weights():
+    model = ks.sparsify(network(), ks.KeepZeros)
+    callback = methods.GlobalMagnitude(ks.ConstantSparsity(0.7))
+    callback.set_model(model)
+    callback.prune(0.7)
+    masks = [mask for layer in model.layers for mask in getattr(layer, "masks", ())]
+    kept = np.concatenate([keras.ops.convert_to_numpy(m).ravel() for m in masks])
+    assert kept.sum() == 300 - 210
+    expected = ks.prune(network(), 0.7)
+    small = ks.finalize(model)
+    for a, b in zip(small.get_weights(), expected.get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def line(method="halo", seed=0, settings=None, **points):
+    curve = [
+        {"target": 0.9, "sparsity": 0.9, "layers": {"a/kernel": 0.9}, **point}
+        for point in points.values()
+    ]
+    return {
+        "format": curves.FORMAT,
+        "method": method,
+        "settings": settings or {},
+        "finetune": 0.0,
+        "seed": seed,
+        "curve": curve,
+    }
+
+
+def test_settings_are_chosen_on_validation_images():
+    lines = [
+        line(settings={"xi": xi}, seed=seed, p={"validation": v, "test": t})
+        for xi, seed, v, t in [(1, 0, 0.9, 0.5), (1, 1, 0.7, 0.6), (2, 0, 0.85, 0.4)]
+    ]
+    # 0.8 on average is less than 0.85, whatever the test images say.
+    (point,) = curves.chosen(lines)["halo", 0.0][0.9]
+    assert point["settings"] == {"xi": 2}
+
+
+def test_table_and_plot(tmp_path):
+    lines = [
+        line(seed=seed, p={"validation": 0.8, "test": t})
+        for seed, t in [(0, 0.8), (1, 0.9)]
+    ]
+    assert curves.table(lines).splitlines()[2] == "| halo | 0% | 85.00 ± 7.07 |"
+    curves.plot(lines, tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").stat().st_size > 10_000
+
+
+def test_what_is_whole_is_read(tmp_path, capsys):
+    path = tmp_path / "results.jsonl"
+    whole = line(p={"validation": 0.8, "test": 0.8})
+    other = {**whole, "format": 99}
+    path.write_text(
+        f"{json.dumps(whole)}\n{json.dumps(other)}\n{json.dumps(whole)[:9]}"
+    )
+    assert curves.read(path) == [whole]
+    said = capsys.readouterr().out
+    assert "line 2 has format 99, not 1" in said
+    assert "line 3 is cut" in said
+
+
+@pytest.mark.slow
+def test_it_goes_on_where_it_was_stopped(tmp_path):
+    command = [
+        *(sys.executable, EXAMPLES / "compare.py", "--methods=magnitude,l1"),
+        *("--epochs=2", "--finetune=0", "--sparsities=0.5", "--batch_size=64"),
+        *(f"--results={tmp_path / 'r.jsonl'}", "--jobs=1"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    for seeds, recorded in [(1, 4), (2, 8)]:
+        subprocess.run([*command, f"--seeds={seeds}"], env=environment, check=True)
+        lines = curves.read(tmp_path / "r.jsonl")
+        assert len({curves.key(line) for line in lines}) == len(lines) == recorded
+        # A line that a stop has cut does not swallow the next one.
+        with (tmp_path / "r.jsonl").open("a") as file:
+            file.write('{"format": 1')
