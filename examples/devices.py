@@ -68,10 +68,15 @@ def _tensorflow():
 
 
 def shares(batch_size):
-    """Number of devices that each batch is shared out to evenly, or must be."""
-    if FLAGS.strategy != "data_parallel":
-        return 1  # TensorFlow shares out any number
-    devices = len(keras.distribution.list_devices())
+    """Number of devices that share each batch evenly."""
+    if FLAGS.strategy == "none":
+        return 1
+    if FLAGS.strategy == "data_parallel":
+        devices = len(keras.distribution.list_devices())
+    else:
+        import tensorflow as tf
+
+        devices = tf.distribute.get_strategy().num_replicas_in_sync
     if batch_size % devices:
         raise app.UsageError(
             f"--batch_size must be a multiple of the {devices} devices. "
@@ -81,7 +86,11 @@ def shares(batch_size):
 
 
 def shared_out(data, batch_size):
-    """Arrays of `data` without the few last images that do not divide by `shares`."""
+    """Arrays of `data` without the few last images that do not divide by `shares`.
+
+    JAX takes no others, and TensorFlow none in a first batch. A replica that is given
+    no image would make the statistics of its batch normalization NaN.
+    """
     devices = shares(batch_size)
 
     def cut(images, labels):

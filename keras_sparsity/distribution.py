@@ -15,11 +15,11 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """`tf.distribute.MultiWorkerMirroredStrategy`, with which Keras 3 can train.
 
     On several workers `fit` and `evaluate` of Keras 3.15 fail in
-    `strategy.reduce`, twice: when a model is compiled on its first batch, they reduce
-    a tuple of tensors where the strategy takes one tensor; after each step they reduce
-    the logs, which are scalars, over `axis=0`. Here `reduce` takes nested structures,
-    and ignores `axis` for scalars. Nothing else is changed. With a Keras that reduces
-    tensor by tensor, and scalars with `axis=None`, the class of TensorFlow will do.
+    `strategy.reduce`, twice: to learn the shapes of a batch, they reduce a tuple of
+    tensors where the strategy takes one tensor; after each step they reduce the logs,
+    which are scalars, over `axis=0`. Here `reduce` takes nested structures, and ignores
+    `axis` for scalars. Nothing else is changed. With a Keras that reduces tensor by
+    tensor, and scalars with `axis=None`, the class of TensorFlow will do.
 
     Args:
         cluster_resolver: A `tf.distribute.cluster_resolver.ClusterResolver`. Defaults
@@ -45,7 +45,7 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
     """
 
     def reduce(self, reduce_op, value, axis=None):
-        """Reduces every tensor of a structure over the replicas.
+        """Reduces a tensor over the replicas.
 
         Args:
             reduce_op: A `tf.distribute.ReduceOp`, or its name.
@@ -54,15 +54,14 @@ class MultiWorkerMirroredStrategy(tf.distribute.MultiWorkerMirroredStrategy):
                 the value of a replica is a scalar it has no effect.
 
         Returns:
-            The structure of `value`, of tensors.
+            A tensor. For a structure, which is a batch whose shapes are asked for: the
+            part of it that this worker's first replica has. The parts may differ in
+            size, and then nothing can reduce them.
         """
+        if isinstance(value, (tuple, list, dict)):
+            return keras.tree.map_structure(self._first, value)
+        scalar = tf.convert_to_tensor(self._first(value)).shape.rank == 0
+        return super().reduce(reduce_op, value, None if scalar else axis)
 
-        def reduce(leaf):
-            (first, *_) = self.experimental_local_results(leaf)
-            scalar = tf.convert_to_tensor(first).shape.rank == 0
-            reduced_axis = None if scalar else axis
-            return super(MultiWorkerMirroredStrategy, self).reduce(
-                reduce_op, leaf, reduced_axis
-            )
-
-        return keras.tree.map_structure(reduce, value)
+    def _first(self, value):
+        return self.experimental_local_results(value)[0]

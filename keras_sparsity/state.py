@@ -33,8 +33,10 @@ def restore_training_state(model, state):
         with scope_of(model):
             model.optimizer.build(model.trainable_variables)
     variables = _variables(model)
-    kinds = {name: tuple(variable.shape) for name, variable in variables.items()}
-    found = {k: v.shape for k, v in state.items() if k.startswith(("model", "optim"))}
+    kinds: dict = {k: tuple(variable.shape) for k, variable in variables.items()}
+    kinds |= {name: generator.shape for name, generator in _generators().items()}
+    # The texts of generators are arrays of no dimension, of torch's it is the size.
+    found = {k: v.shape for k, v in state.items() if "/" in k}
     if kinds != found:
         differences = sorted({*kinds.items()} ^ {*found.items()})
         raise ValueError(

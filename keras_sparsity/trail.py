@@ -43,9 +43,11 @@ class SparsityTrail(keras.callbacks.Callback):
     recorded, and ends with the weights and the trail of a run that was never killed.
     The state is that of the model, of its optimizer (learning rate, slots, scales'
     and thresholds' own), of seed generators, and of the random generators of Python,
-    NumPy and torch (on the CPU). Not in it are the random operations of TensorFlow,
-    such as the order in which `fit` shuffles arrays there (give it data whose order is
-    a function of the epoch, or `shuffle=False`); layers outside of the model; random
+    NumPy and torch (on the CPU). Give the trail after callbacks that change the model
+    or the optimizer at the end of an epoch: the state is that when its turn comes. Not
+    in it are the random operations of TensorFlow, such as the order in which `fit`
+    shuffles arrays there (give it data whose order is a function of the epoch, or
+    `shuffle=False`); layers outside of the model; random
     numbers that are drawn without a seed or a `SeedGenerator`; what other callbacks
     remember, as `EarlyStopping` does; and of batch statistics that every replica has
     for itself all but the first's (`BatchNormalization(synchronized=True)` has one).

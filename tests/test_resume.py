@@ -162,6 +162,32 @@ def test_killed_in_the_middle_of_an_epoch(wholes, tmp_path, method):
             assert_same(point.load().get_weights(), reference.get_weights())
 
 
+def train_to_a_target_and_die(directory):
+    train(directory, callbacks=[ks.SparsityTarget(0.5), KillAt(2, 1)])
+
+
+def test_a_steered_training_goes_on(tmp_path):
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    expected, _ = train(whole, callbacks=[ks.SparsityTarget(0.5)])
+    strengths = [v for v in expected.weights if v.name == "ltp_strength"]
+    assert all(float(keras.ops.convert_to_numpy(v)) != 1 for v in strengths)
+    assert run(train_to_a_target_and_die, cut) == -signal.SIGKILL
+    model, _ = train(cut, callbacks=[ks.SparsityTarget(0.5)])
+    assert_same(values(model), values(expected))
+    assert record(cut) == record(whole)
+
+
+def test_state_of_another_backend_is_refused(tmp_path):
+    train(tmp_path, epochs=1)
+    with np.load(tmp_path / "state.npz") as state:
+        arrays = {k: v for k, v in state.items() if k != "random/torch"}
+    if keras.backend.backend() != "torch":
+        arrays["random/torch"] = np.zeros(5056, "uint8")
+    np.savez(tmp_path / "state.npz", **arrays)
+    with pytest.raises(ValueError, match="random/torch"):
+        train(tmp_path)
+
+
 def test_a_finished_training_is_not_repeated(wholes, finished):
     expected, whole = wholes()
     model, history = train(finished)
@@ -246,6 +272,7 @@ def test_killed_at_random_moments(tmp_path):
     expected, _ = train(tmp_path / "whole", epochs=epochs)
     assert_same(values(model), values(expected))
     assert record(cut) == record(tmp_path / "whole")
+    assert files(cut) == files(tmp_path / "whole")
 
 
 def train_on_a_full_disk(directory, errors):
@@ -308,8 +335,13 @@ def test_damaged_state_is_refused(finished):
 
 def train_with_backup(directory, method, die):
     keras.utils.set_random_seed(0)
-    model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(3)])
-    model = ks.sparsify(model, METHODS[method])
+    if method == "HALO of the layers":
+        dense = [layers.Dense(n, kernel_regularizer=ks.HALO()) for n in (8, 3)]
+        model = keras.Sequential([keras.Input((6,)), *dense])
+        _ = model.losses  # makes the scales
+    else:
+        model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(3)])
+        model = ks.sparsify(model, METHODS[method])
     optimizer = ks.SparsityOptimizer(keras.optimizers.SGD(0.05, momentum=0.9))
     model.compile(optimizer, "mse")
     targets = np.eye(3, dtype="float32")[Y]
@@ -319,7 +351,7 @@ def train_with_backup(directory, method, die):
     return model
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, "HALO of the layers"])
 def test_restart_under_backup_and_restore(tmp_path, method):
     expected = train_with_backup(tmp_path / "whole", method, die=False)
     killed = run(train_with_backup, tmp_path / "cut", method, True)
