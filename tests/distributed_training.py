@@ -141,6 +141,8 @@ def train(way, scope, case, trail, kill):
         results["evaluate"] = model.evaluate(x, y, 16, verbose=0)
         results["predict"] = model.predict(x[:36], 16, verbose=0)
         results["finalized"] = small.predict(x[:36], 16, verbose=0)
+    if way in ("one", "worker"):  # TensorFlow's own strategies take no such batch first
+        results["evaluate an odd batch"] = model.evaluate(x[:35], y[:35], 35, verbose=0)
     weights = {
         "weight": model.weights,
         "finalized": small.weights,
