@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import pathlib
+import shutil
+import tempfile
 import zipfile
 
 
@@ -9,22 +12,27 @@ import zipfile
 def written_whole(path):
     """Gives a path to write to, and puts the file in the place of `path` at the end.
 
-    Whatever ends the writing early, a crash or a full disk, leaves what was there.
+    Whatever ends the writing early, a crash or a full disk, leaves what was there. The
+    new file has the permissions of the old one; of a link, the target is replaced.
     """
-    beside = path.with_name(f"unfinished-{path.name}")
+    target = path.resolve()
     try:
-        yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except Exception as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                f"'{path}' could not be written; what was written before is intact. "
-                f"Received: {error}"
-            ) from error
-        raise
+        # A folder of its own: other files, and other writers, may have any name.
+        with tempfile.TemporaryDirectory(
+            prefix="unfinished-", dir=target.parent, ignore_cleanup_errors=True
+        ) as folder:
+            beside = pathlib.Path(folder, path.name)
+            yield beside
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, beside)
+            os.replace(beside, target)
+    except OSError as error:
+        raise OSError(
+            f"'{path}' could not be written; what was written before is intact. "
+            f"Received: {error}"
+        ) from error
 
 
 def write_archive(file, members):
