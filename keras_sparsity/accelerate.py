@@ -87,7 +87,8 @@ def accelerate(model, batch_size):
     attribute `acceleration` of the new model, an `Acceleration` to print.
 
     The model is made in memory, for `predict`, `evaluate` and calls, with any batch
-    size. It keeps sparse kernels as constants, not as variables. Training, saving,
+    size. It keeps sparse kernels as constants, not as variables: without the penalties
+    of their weights, which `evaluate` adds to the loss of `model`. Training, saving,
     cloning and loading weights raise an error once a layer runs sparse. On TensorFlow
     it runs without XLA, which has no sparse kernels there: `jit_compile=True` in
     `compile` is ignored with a warning, in `tf.function` an error.
