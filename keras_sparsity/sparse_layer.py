@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_sparsity.products import refuse_xla, sparse_product
+from keras_sparsity.products import refuse_xla, sparse_product, takes_xla
 from keras_sparsity.rebuild import clone
 from keras_sparsity.selection import walk
 
@@ -58,7 +58,7 @@ class SparseLayer(keras.Layer):
             activity_regularizer=layer.activity_regularizer,
         )
         self.supports_masking = layer.supports_masking
-        self.supports_jit = keras.backend.backend() != "tensorflow"
+        self.supports_jit = takes_xla()
         # A method of a copy without weights: as an attribute it would be a sublayer.
         self._output_shape_of = clone(layer).compute_output_shape
         self._activation = layer.activation
