@@ -35,14 +35,20 @@ def written_whole(path):
         ) from error
 
 
-def write_archive(file, members):
+def read_archive(file):
+    """What a zip archive holds, as `{name: bytes}`."""
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_archive(file, members, compression=zipfile.ZIP_DEFLATED, level=None):
     """Writes the zip archive of `{name: bytes}`, compressed.
 
-    By deflate, which every Python has: bzip2 makes sparse models a sixth smaller, but
-    takes two to three times as long to read, for dense ones ten times, and is missing
-    from some builds of Python; LZMA is larger than bzip2 and takes twenty times as long
-    to write. `examples/benchmarks/file_size.py` measures them.
+    By default by deflate, which every Python has: bzip2 makes sparse models a sixth
+    smaller, but takes two to three times as long to read, for dense ones ten times, and
+    is missing from some builds of Python; LZMA is larger than bzip2 and takes twenty
+    times as long to write. `examples/benchmarks/file_size.py` measures them.
     """
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", compression, compresslevel=level) as archive:
         for name, content in members.items():
             archive.writestr(name, content)
