@@ -78,7 +78,9 @@ def convert(path, output):
     if methods:
         model = finalize(model)
         print(f"finalized: {', '.join(methods)} removed from the model")
-    if all(to_array(w).all() for w in model.weights if len(w.shape) >= 2):
+    matrices = [to_array(w) for w in model.weights if len(w.shape) >= 2]
+    # All zeros are those that a layer begins with, as the biases of a GRU.
+    if not any(matrix.any() and not matrix.all() for matrix in matrices):
         raise ValueError(
             f"'{path}' has no zeros that would make a file smaller: prune the model "
             "first, with `keras_sparsity.prune` or while it trains"
@@ -97,8 +99,10 @@ def load(path):
     try:
         return keras.saving.load_model(path, compile=False)
     except Exception as error:  # whatever the reader stumbles over in the file
+        # Keras says it last, after the config of the model.
+        reason = str(error).rpartition("Exception encountered: ")[2]
         raise ValueError(
-            f"'{path}' holds no Keras model that can be loaded: {first_line(error)}"
+            f"'{path}' holds no Keras model that can be loaded: {first_line(reason)}"
         ) from error
 
 

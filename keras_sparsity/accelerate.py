@@ -6,6 +6,7 @@ import keras
 import numpy as np
 
 from keras_sparsity.checks import check_integer
+from keras_sparsity.products import NO_XLA, takes_xla
 from keras_sparsity.rebuild import Rebuilt, check_rebuildable, clone, copy_state
 from keras_sparsity.selection import governors, kernels, leaves, to_array
 from keras_sparsity.sparse_layer import SparseLayer, why_dense
@@ -87,10 +88,10 @@ def accelerate(model, batch_size):
     attribute `acceleration` of the new model, an `Acceleration` to print.
 
     The model is made in memory, for `predict`, `evaluate` and calls, with any batch
-    size. It keeps sparse kernels as constants, not as variables. Training, saving,
-    cloning and loading weights raise an error once a layer runs sparse. On TensorFlow
-    it runs without XLA, which has no sparse kernels there: `jit_compile=True` in
-    `compile` is ignored with a warning, in `tf.function` an error.
+    size. It keeps sparse kernels as constants, not as variables: without the penalties
+    of their weights, which `evaluate` adds to the loss of `model`. Training, saving,
+    exporting, cloning and loading weights raise an error once a layer runs sparse, and
+    on TensorFlow `jit_compile=True` does, since XLA has no sparse kernels there.
 
     Args:
         model: A built Sequential or Functional `keras.Model` of fixed zeros, as
@@ -149,8 +150,31 @@ def accelerate_by(model, batch_size, measure):
         rows[id(layer)] = dataclasses.replace(
             rows[id(layer)], is_sparse=False, reason=_failure(error)
         )
+    if any(row.is_sparse for row in rows.values()):
+        _refuse_files_and_xla(rebuilt.model)
     rebuilt.model.acceleration = Acceleration(batch_size, list(rows.values()))
     return rebuilt.model
+
+
+def _refuse_files_and_xla(model):
+    """Gives reasons where Keras would fail without one, or only warn.
+
+    On the model itself: it is of a class that Keras or the user made.
+    """
+    compile_with_keras = model.compile
+
+    def compile(*args, **kwargs):
+        if kwargs.get("jit_compile") is True and not takes_xla():
+            raise ValueError(NO_XLA)
+        compile_with_keras(*args, **kwargs)
+
+    def export(*args, **kwargs):
+        raise NotImplementedError(
+            f"Model '{model.name}' runs sparse in memory, and cannot be exported. "
+            "Export the model that was given to `accelerate`."
+        )
+
+    model.compile, model.export = compile, export
 
 
 def _choose(layer, batch_size, measure):

@@ -28,9 +28,9 @@ def check_number(name, value, above=None, at_least=None) -> float:
 def check_integer(name, value, at_least) -> int:
     """Returns `value` as an int >= `at_least`, or raises a `ValueError`."""
     number = check_number(name, value, at_least=at_least)
-    if number != int(number):
+    if number != int(number) or number >= 2**31:  # Keras counts in int32
         raise ValueError(
-            f"Argument `{name}` must be an integer. Received: {name}={value!r}"
+            f"Argument `{name}` must be an integer < 2**31. Received: {name}={value!r}"
         )
     return int(number)
 

@@ -2,6 +2,9 @@
 
 import contextlib
 import os
+import pathlib
+import shutil
+import tempfile
 import zipfile
 
 
@@ -9,32 +12,43 @@ import zipfile
 def written_whole(path):
     """Gives a path to write to, and puts the file in the place of `path` at the end.
 
-    Whatever ends the writing early, a crash or a full disk, leaves what was there.
+    Whatever ends the writing early, a crash or a full disk, leaves what was there. The
+    new file has the permissions of the old one; of a link, the target is replaced.
     """
-    beside = path.with_name(f"unfinished-{path.name}")
+    target = path.resolve()
     try:
-        yield beside
-        with open(beside, "rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except Exception as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(
-                f"'{path}' could not be written; what was written before is intact. "
-                f"Received: {error}"
-            ) from error
-        raise
+        # A folder of its own: other files, and other writers, may have any name.
+        with tempfile.TemporaryDirectory(
+            prefix="unfinished-", dir=target.parent, ignore_cleanup_errors=True
+        ) as folder:
+            beside = pathlib.Path(folder, path.name)
+            yield beside
+            with open(beside, "rb+") as file:
+                os.fsync(file.fileno())
+            if target.exists():
+                shutil.copymode(target, beside)
+            os.replace(beside, target)
+    except OSError as error:
+        raise OSError(
+            f"'{path}' could not be written; what was written before is intact. "
+            f"Received: {error}"
+        ) from error
 
 
-def write_archive(file, members):
+def read_archive(file):
+    """What a zip archive holds, as `{name: bytes}`."""
+    with zipfile.ZipFile(file) as archive:
+        return {name: archive.read(name) for name in archive.namelist()}
+
+
+def write_archive(file, members, compression=zipfile.ZIP_DEFLATED, level=None):
     """Writes the zip archive of `{name: bytes}`, compressed.
 
-    By deflate, which every Python has: bzip2 makes sparse models a sixth smaller, but
-    takes two to three times as long to read, for dense ones ten times, and is missing
-    from some builds of Python; LZMA is larger than bzip2 and takes twenty times as long
-    to write. `examples/benchmarks/file_size.py` measures them.
+    By default by deflate, which every Python has: bzip2 makes sparse models a sixth
+    smaller, but takes two to three times as long to read, for dense ones ten times, and
+    is missing from some builds of Python; LZMA is larger than bzip2 and takes twenty
+    times as long to write. `examples/benchmarks/file_size.py` measures them.
     """
-    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+    with zipfile.ZipFile(file, "w", compression, compresslevel=level) as archive:
         for name, content in members.items():
             archive.writestr(name, content)

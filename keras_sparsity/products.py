@@ -7,6 +7,12 @@ import keras
 import numpy as np
 from keras import ops
 
+NO_XLA = (
+    "XLA has no kernels for TensorFlow's sparse matrices. Expected a model and a "
+    "function without `jit_compile=True`. Received one that XLA compiles: leave "
+    "`jit_compile` out, or compile the dense model."
+)
+
 # The kernels of JAX and TensorFlow need more time for fewer columns than for these.
 _LEAST_COLUMNS = 8
 
@@ -30,9 +36,14 @@ def sparse_product(matrix: np.ndarray) -> Callable:
     return _PRODUCTS[backend](matrix.shape, matrix[rows, columns], rows, columns)
 
 
+def takes_xla() -> bool:
+    """Whether XLA has the backend's sparse kernels, or the backend no XLA."""
+    return keras.backend.backend() != "tensorflow"
+
+
 def refuse_xla():
     """Raises where TensorFlow compiles with XLA, which has no sparse kernels there."""
-    if keras.backend.backend() == "tensorflow":
+    if not takes_xla():
         import tensorflow as tf
 
         # There is no public way to ask.
@@ -41,11 +52,7 @@ def refuse_xla():
         if control_flow_util.GraphOrParentsInXlaContext(
             tf.compat.v1.get_default_graph()
         ):
-            raise ValueError(
-                "XLA has no kernels for TensorFlow's sparse matrices. Expected a call "
-                "without `jit_compile=True`. Received one inside a function that XLA "
-                "compiles: leave `jit_compile` out, or compile the dense model."
-            )
+            raise ValueError(NO_XLA)
 
 
 def _tensorflow_product(shape, values, rows, columns):

@@ -2,11 +2,10 @@
 
 import pathlib
 import re
-import zipfile
 
 import keras
 
-from keras_sparsity.files import write_archive, written_whole
+from keras_sparsity.files import read_archive, write_archive, written_whole
 from keras_sparsity.selection import check_model, governors
 
 
@@ -40,9 +39,7 @@ def save_model(model, path):
     path = _checked_path(path, ".keras")
     with written_whole(path) as beside:
         model.save(beside)
-        with zipfile.ZipFile(beside) as archive:
-            members = {name: archive.read(name) for name in archive.namelist()}
-        write_archive(beside, members)
+        write_archive(beside, read_archive(beside))
 
 
 def export_litert(model, path):

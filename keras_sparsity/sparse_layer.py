@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import layers, ops
 
-from keras_sparsity.products import refuse_xla, sparse_product
+from keras_sparsity.products import refuse_xla, sparse_product, takes_xla
 from keras_sparsity.rebuild import clone
 from keras_sparsity.selection import walk
 
@@ -52,9 +52,13 @@ class SparseLayer(keras.Layer):
     """
 
     def __init__(self, layer):
-        super().__init__(name=layer.name, dtype=layer.dtype_policy)
+        super().__init__(
+            name=layer.name,
+            dtype=layer.dtype_policy,
+            activity_regularizer=layer.activity_regularizer,
+        )
         self.supports_masking = layer.supports_masking
-        self.supports_jit = keras.backend.backend() != "tensorflow"
+        self.supports_jit = takes_xla()
         # A method of a copy without weights: as an attribute it would be a sublayer.
         self._output_shape_of = clone(layer).compute_output_shape
         self._activation = layer.activation
@@ -87,11 +91,13 @@ class SparseLayer(keras.Layer):
         """The kernel as a matrix of a row per output, a column per tap and input."""
         *taps, inputs, filters = kernel.shape
         groups = getattr(self, "_groups", 1)
-        blocks = np.zeros((groups, filters // groups, math.prod(taps), groups, inputs))
+        blocks = np.zeros(
+            (groups, filters // groups, math.prod(taps), groups, inputs), kernel.dtype
+        )
         kernel = kernel.reshape(-1, inputs, groups, filters // groups)
         for group in range(groups):
             blocks[group, :, :, group] = kernel[:, :, group].transpose(2, 0, 1)
-        return blocks.reshape(filters, -1).astype("float32")
+        return blocks.reshape(filters, -1)
 
     def call(self, inputs, training=None):
         if training:
@@ -124,7 +130,7 @@ class SparseLayer(keras.Layer):
             )
         ]
         positions = math.prod(counts)
-        if positions < _FEW_POSITIONS:
+        if positions < _FEW_POSITIONS or x.shape[0] == 0:  # nothing to map over
             y = self._product(self._patches(ops.moveaxis(x, 0, 1), counts))
             y = ops.moveaxis(ops.reshape(y, (self._filters, -1, *counts)), 0, 1)
         else:
@@ -177,6 +183,6 @@ class SparseLayer(keras.Layer):
     def _no_file(self):
         return (
             f"Layer '{self.name}' runs sparse in memory, and cannot be saved or "
-            "cloned. Save the model that was given to `accelerate`, and call "
-            "`accelerate` where it is loaded."
+            "cloned, nor reported on. Save the model that was given to `accelerate`, "
+            "and call `accelerate` where it is loaded; report on that model too."
         )

@@ -104,6 +104,11 @@ def test_convolutions_compute_what_they_compute_dense(layer):
     assert_same_outputs(fast, model, 1, 3)
 
 
+@pytest.mark.parametrize("layer", [layers.Dense(5), layers.Conv2D(5, 3)])
+def test_a_batch_may_be_empty(layer):
+    assert accelerated(network(layer))(features(0, 7, 6, 4)).shape[0] == 0
+
+
 def test_other_ranks_are_convolved_too():
     model = network(layers.Conv1D(5, 3, padding="causal", strides=2), shape=(40, 4))
     assert_same_outputs(accelerated(model), model, 3)
@@ -179,8 +184,23 @@ def test_governed_models_are_refused():
     model = ks.sparsify(network(layers.Conv2D(3, 3)), ks.HALO(xi=1e-3, psi=1e-3))
     with pytest.raises(ValueError, match="HALO in it: call `finalize` on it first"):
         ks.accelerate(model, 1)
-    with pytest.raises(ValueError, match="`batch_size`"):
-        ks.accelerate(ks.finalize(model), 0)
+    for batch_size in (0, 1e30):
+        with pytest.raises(ValueError, match="`batch_size`"):
+            ks.accelerate(ks.finalize(model), batch_size)
+
+
+def test_penalties_of_outputs_stay_and_those_of_weights_go():
+    model = network(
+        layers.Flatten(),
+        layers.Dense(9, activity_regularizer="l2", kernel_regularizer="l2"),
+    )
+    fast = accelerated(model)
+    for each in (model, fast):
+        each.compile(loss="mse")
+    x, y = features(4, *model.input_shape[1:]), features(4, 9)
+    penalty = 0.01 * np.sum(model.get_weights()[0] ** 2)
+    expected = model.evaluate(x, y, verbose=0) - penalty
+    assert fast.evaluate(x, y, verbose=0) == pytest.approx(expected, rel=1e-4)
 
 
 def test_it_is_for_inference_in_memory(tmp_path):
@@ -197,6 +217,10 @@ def test_it_is_for_inference_in_memory(tmp_path):
             store(tmp_path / "fast.weights.h5")
     with pytest.raises(NotImplementedError, match="cannot be saved or cloned"):
         keras.models.clone_model(fast)
+    with pytest.raises(NotImplementedError, match="Export the model that was given"):
+        fast.export(tmp_path / "fast")
+    with pytest.raises(NotImplementedError, match="report on that model too"):
+        ks.report(fast)
     model.save_weights(tmp_path / "dense.weights.h5")
     with pytest.raises(ValueError, match="Load the weights into the dense model"):
         fast.load_weights(tmp_path / "dense.weights.h5")
@@ -214,8 +238,9 @@ def test_xla_is_refused_on_tensorflow():
     x = features(2, *model.input_shape[1:])
     with pytest.raises(ValueError, match="XLA has no kernels for TensorFlow's sparse"):
         tf.function(fast, jit_compile=True)(x)
-    with pytest.warns(UserWarning, match="Model doesn't support `jit_compile=True`"):
+    with pytest.raises(ValueError, match="XLA has no kernels for TensorFlow's sparse"):
         fast.compile(loss="mse", jit_compile=True)
+    fast.compile(loss="mse")
     np.testing.assert_allclose(
         fast.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5
     )

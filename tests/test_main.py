@@ -81,10 +81,19 @@ def test_convert_finalizes_and_says_so(tmp_path, capsys):
     assert ks.report(small).sparsity == ks.report(model).sparsity > 0
 
 
-@pytest.mark.parametrize("method", [None, ks.HALO(1e-3, 1e-3)], ids=["dense", "HALO"])
-def test_convert_of_a_model_without_zeros(method, tmp_path):
-    model, output = make_model(), tmp_path / "small.keras"
-    (ks.sparsify(model, method) if method else model).save(tmp_path / "dense.keras")
+def make_gru():
+    """A model with zeros before any training: the biases, of shape `(2, 24)`."""
+    return keras.Sequential([keras.Input((5, 4)), layers.GRU(8)])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [make_model, make_gru, lambda: ks.sparsify(make_model(), ks.HALO(1e-3, 1e-3))],
+    ids=["dense", "GRU", "HALO"],
+)
+def test_convert_of_a_model_without_zeros(make, tmp_path):
+    output = tmp_path / "small.keras"
+    make().save(tmp_path / "dense.keras")
     assert "no zeros" in error_of("convert", tmp_path / "dense.keras", output)
     assert not output.exists()
 
@@ -122,6 +131,15 @@ def test_files_that_are_no_models(spoil, reason, sparse, tmp_path):
         line = error_of(*arguments)
         assert reason in line and str(sparse) in line
     assert output.read_text() == "older"
+
+
+class Unknown(layers.Dense):
+    """A layer that a file does not tell how to load."""
+
+
+def test_a_class_that_is_not_known_is_named(tmp_path):
+    keras.Sequential([keras.Input((4,)), Unknown(2)]).save(tmp_path / "model.keras")
+    assert "class 'Unknown'" in error_of("report", tmp_path / "model.keras")
 
 
 def test_an_output_that_cannot_be_written(sparse, tmp_path):

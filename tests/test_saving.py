@@ -13,6 +13,7 @@ import pytest
 from keras import layers, ops
 
 import keras_sparsity as ks
+from keras_sparsity.files import written_whole
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 12)).astype("float32")
@@ -143,10 +144,11 @@ def test_wrong_arguments(write, tmp_path):
 
 def test_a_path_that_cannot_be_written(tmp_path):
     (tmp_path / "folder.keras").mkdir()
-    for path in (tmp_path / "folder.keras", tmp_path / "missing" / "small.keras"):
-        with pytest.raises(OSError, match=f"'{path}' could not be written"):
-            ks.save_model(make_model(), path)
-    assert [path.name for path in tmp_path.iterdir()] == ["folder.keras"]
+    (tmp_path / "file").touch()
+    for name in ("folder.keras", "missing/small.keras", "file/small.keras"):
+        with pytest.raises(OSError, match=f"{name}' could not be written"):
+            ks.save_model(make_model(), tmp_path / name)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "folder.keras"]
 
 
 def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
@@ -163,6 +165,27 @@ def test_a_full_disk_leaves_the_old_file_whole(tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert path.read_bytes() == before
     assert list(tmp_path.iterdir()) == [path]
+
+
+def test_other_files_links_and_permissions_stay(tmp_path):
+    (tmp_path / "unfinished-small.keras").write_text("a file of the user")
+    path, link = tmp_path / "small.keras", tmp_path / "link.keras"
+    path.touch(mode=0o600)
+    link.symlink_to(path)
+    ks.save_model(make_model(), link)
+    assert (tmp_path / "unfinished-small.keras").read_text() == "a file of the user"
+    assert link.is_symlink() and path.stat().st_size
+    assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize("ends", [KeyboardInterrupt, OSError, ValueError])
+def test_whatever_ends_the_writing_leaves_nothing(ends, tmp_path):
+    with pytest.raises(ends):
+        with written_whole(tmp_path / "small.keras") as beside:
+            beside.write_text("half")
+            assert list(tmp_path.glob("unfinished*"))
+            raise ends
+    assert not list(tmp_path.iterdir())
 
 
 def convolutional():

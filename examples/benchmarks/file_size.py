@@ -18,7 +18,6 @@ import gzip
 import importlib
 import json
 import math
-import os
 import pathlib
 import statistics
 import sys
@@ -28,10 +27,12 @@ import zipfile
 import zlib
 
 import keras
+import machine
 import numpy as np
 from absl import app, flags, logging
 
 import keras_sparsity as ks
+from keras_sparsity.files import read_archive, write_archive
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
 import models  # noqa: E402
@@ -56,7 +57,7 @@ def main(argv):
         "backend": f"{keras.backend.backend()} {backend.__version__}",
         "keras": keras.__version__,
         "keras_sparsity": ks.__version__,
-        "cores": os.cpu_count(),
+        "hardware": machine.hardware(),
     }
     print(*(f"{key}: {value}" for key, value in setting.items()), sep="\n")
     keras.utils.set_random_seed(0)
@@ -145,11 +146,7 @@ def read_gzip(path):
 
 def write_zip(model, path, compression, level=None):
     model.save(path)
-    with zipfile.ZipFile(path) as archive:
-        members = [(name, archive.read(name)) for name in archive.namelist()]
-    with zipfile.ZipFile(path, "w", compression, compresslevel=level) as archive:
-        for name, content in members:
-            archive.writestr(name, content)
+    write_archive(path, read_archive(path), compression, level)
 
 
 def read_litert(path):

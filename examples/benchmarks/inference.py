@@ -12,7 +12,9 @@ without its input pipeline. A ratio is of medians in the same round.
 
 import importlib
 import json
+import pathlib
 import statistics
+import sys
 
 import keras
 import machine
@@ -22,6 +24,9 @@ from keras import layers
 
 import keras_sparsity as ks
 from keras_sparsity.timing import inference, paired_medians
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import models  # noqa: E402
 
 FLAGS = flags.FLAGS
 
@@ -37,23 +42,6 @@ def mlp():
     )
 
 
-def vgg_like():
-    """The convolutions of VGG-16 with batch-norm, for images of 32 pixels."""
-    model = keras.Sequential([keras.Input((32, 32, 3))])
-    for stage, widths in enumerate(
-        [[64] * 2, [128] * 2, [256] * 3, [512] * 3, [512] * 3]
-    ):
-        if stage:
-            model.add(layers.MaxPooling2D())
-        for width in widths:
-            model.add(layers.Conv2D(width, 3, padding="same", use_bias=False))
-            model.add(layers.BatchNormalization())
-            model.add(layers.ReLU())
-    model.add(layers.GlobalAveragePooling2D())
-    model.add(layers.Dense(10))
-    return model
-
-
 def pointwise():
     """Eight convolutions of one pixel, as wide as the middle of a MobileNet."""
     model = keras.Sequential([keras.Input((14, 14, 512))])
@@ -67,7 +55,7 @@ def pointwise():
 # And the batch sizes at which to time them.
 NETWORKS = {
     "mlp": (mlp, (1, 64)),
-    "vgg_like": (vgg_like, (1, 32)),
+    "vgg_like": (lambda: models.build("vgg_like", (32, 32, 3), classes=10), (1, 32)),
     "pointwise": (pointwise, (1, 32)),
 }
 
