@@ -134,12 +134,12 @@ class _Mixing(Call):
         self._feeds = kernel.any(0)
         self._sums = kernel.sum(0)
         self._folds = _folds(layer, self._input)
-        varies = self._feeds[~self._folds].any(0)
-        if layer.activation not in _ACTIVATIONS:
-            varies[:] = True
-        values = _activated(layer, self._constants(self._folds))
-        self.output = network.new(axis, np.where(varies, np.nan, values))
-        if layer.activation not in _ACTIVATIONS:
+        if layer.activation in _ACTIVATIONS:
+            varies = self._feeds[~self._folds].any(0)
+            values = _activated(layer, self._constants(self._folds))
+            self.output = network.new(axis, np.where(varies, np.nan, values))
+        else:
+            self.output = network.new(axis, np.full(kernel.shape[-1], np.nan))
             network.fix(self.output, "the activation of its layer may mix units")
 
     def _constants(self, folded):

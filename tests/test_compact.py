@@ -365,6 +365,21 @@ def test_a_softmax_inside_a_layer_holds_its_own_units_only():
     assert not reasons(small)  # it is what the others are divided by
 
 
+@pytest.mark.parametrize(
+    "activation", [lambda: over_width, lambda: layers.Softmax(axis=[1, 2])]
+)
+def test_an_activation_that_needs_the_whole_image(activation):
+    conv = layers.Conv2D(4, 1, activation=activation(), name="it")
+    model = image_model(conv)
+    for layer in model.layers[:2]:
+        zero(layer, incoming=[0])
+    assert sizes(check(model)) == {"first": 3, "it": 4, "last": 3}
+
+
+def over_width(x):
+    return ops.softmax(x, axis=2)
+
+
 def test_a_layer_that_is_called_twice_stays():
     inputs = keras.Input((4,))
     a, twice, out = (layers.Dense(4, name=name) for name in ("a", "twice", "out"))
