@@ -137,6 +137,8 @@ class _Network:
         if units is None and axis is None:
             raise Obstacle("follows a barrier or an input")
         if units is None:
+            if tensor.shape[axis] is None:
+                raise Obstacle("works along an axis of a size that is not known")
             units = self.new(axis, np.full(tensor.shape[axis], np.nan))
             self.fix(units, "it stays with an input, or with what a barrier puts out")
         if axis not in (None, units.axis):

@@ -127,6 +127,8 @@ class _Mixing(Call):
         (tensor,) = inputs
         if getattr(layer, "groups", 1) > 1:
             raise Obstacle("has groups")
+        if len(layer.weights) != 1 + layer.use_bias:  # as those of its activation
+            raise Obstacle("has weights of another kind")
         axis = _channels(layer, tensor)
         self._input = network.units(tensor, axis)
         kernel = _in_float32(layer.kernel)

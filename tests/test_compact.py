@@ -365,6 +365,11 @@ def test_a_softmax_inside_a_layer_holds_its_own_units_only():
     assert not reasons(small)  # it is what the others are divided by
 
 
+@keras.saving.register_keras_serializable("test_compact")
+def over_width(x):
+    return ops.softmax(x, axis=2)
+
+
 @pytest.mark.parametrize(
     "activation", [lambda: over_width, lambda: layers.Softmax(axis=[1, 2])]
 )
@@ -376,8 +381,66 @@ def test_an_activation_that_needs_the_whole_image(activation):
     assert sizes(check(model)) == {"first": 3, "it": 4, "last": 3}
 
 
-def over_width(x):
-    return ops.softmax(x, axis=2)
+def test_an_activation_that_has_weights():
+    it = layers.Conv2D(4, 1, activation=layers.PReLU(shared_axes=[1, 2]), name="it")
+    model = image_model(it)
+    model(np.ones((1, 6, 6, 2)))  # makes them
+    randomize(model)
+    zero(model.layers[0], incoming=[0])
+    small = check(model)
+    assert sizes(small) == {"first": 4, "it": 4, "last": 3}
+    reason = "it goes into 'it', which has weights of another kind"
+    assert reasons(small) == {"first": (1, reason)}
+
+
+def test_concatenation_along_a_size_that_is_not_known():
+    inputs = keras.Input((None, 4))
+    a, out = layers.Dense(4, name="a"), layers.Dense(2, name="out")
+    both = layers.Concatenate(axis=1, name="both")([inputs, inputs])
+    model = randomize(keras.Model(inputs, out(a(both))))
+    zero(a, incoming=[0])
+    small = ks.compact(model)
+    assert sizes(small) == {"a": 3, "out": 2}
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    np.testing.assert_allclose(*outputs_of(model, x), *outputs_of(small, x), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
+def test_a_python_lambda():
+    model = image_model(layers.Lambda(lambda x: 2 * x))
+    zero(model.layers[-1], outgoing=[0])
+    zero(model.layers[0], incoming=[0])
+    assert sizes(check(model)) == {"first": 4, "last": 3}
+
+
+def test_initializers_of_the_full_size():
+    values = np.arange(1.0, 5.0)
+    a = layers.Dense(4, bias_initializer=keras.initializers.Constant(values), name="a")
+    norm = layers.BatchNormalization(
+        beta_initializer=keras.initializers.Constant([*values])
+    )
+    b = layers.Dense(2, bias_initializer=keras.initializers.Constant(0.5), name="b")
+    model = randomize(keras.Sequential([keras.Input((5,)), a, norm, b]))
+    zero(a, incoming=[0])
+    small = check(model)
+    assert sizes(small) == {"a": 3, "b": 2}
+    again = keras.models.clone_model(small)  # builds with the initializers
+    assert again.count_params() == small.count_params()
+    assert again.get_layer("b").bias.numpy().tolist() == [0.5, 0.5]
+
+
+@keras.saving.register_keras_serializable("test_compact")
+class OfOneSize(keras.initializers.Initializer):
+    def __call__(self, shape, dtype=None):
+        return ops.ones(4, dtype)
+
+
+def test_a_layer_that_cannot_be_smaller_is_named(dense):
+    a = layers.Dense(4, bias_initializer=OfOneSize(), name="a")
+    model = randomize(keras.Sequential([keras.Input((5,)), a, layers.Dense(2)]))
+    zero(a, incoming=[0])
+    with pytest.raises(ValueError, match="Layer 'a' could not be built anew: "):
+        ks.compact(model)
 
 
 def test_a_layer_that_is_called_twice_stays():
