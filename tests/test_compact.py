@@ -239,14 +239,27 @@ def test_a_slope_for_each_position():
     model.layers[1].alpha.assign(np.random.default_rng(0).uniform(size=(4, 4, 4)))
     zero(model.layers[0], incoming=[0], bias=1.0)  # is not touched by the slopes
     zero(model.layers[0], incoming=[1], bias=-1.0)  # becomes an image
-    assert sizes(check(model)) == {"first": 3, "last": 3}
+    small = check(model)
+    assert sizes(small) == {"first": 3, "last": 3}
+    reason = f"it is constant, but what '{model.layers[1].name}' makes of it is not"
+    assert reasons(small) == {"first": (1, reason)}
 
 
-def test_zeros_around_an_image():
-    model = image_model(layers.ZeroPadding2D())
+@pytest.mark.parametrize(
+    "padded",
+    [
+        layers.ZeroPadding2D(name="it"),
+        layers.DepthwiseConv2D(3, padding="same", name="it"),
+    ],
+)
+def test_zeros_around_an_image(padded):
+    model = image_model(padded)
     zero(model.layers[0], incoming=[0], bias=0.0)
     zero(model.layers[0], incoming=[1], bias=1.0)
-    assert sizes(check(model)) == {"first": 3, "last": 3}
+    small = check(model)
+    assert small.get_layer("first").filters == 3
+    reason = "it is constant, not 0, and 'it' pads with zeros"
+    assert reasons(small) == {"first": (1, reason)}
 
 
 def test_batch_normalization_that_scales_with_zero():
@@ -481,6 +494,38 @@ def test_models_in_the_model_and_saved_files(tmp_path):
     for same in (small, keras.saving.load_model(tmp_path / "small.keras")):
         (expected,), (outputs,) = outputs_of(model, x), outputs_of(same, x)
         np.testing.assert_allclose(outputs, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda **kwargs: layers.Activation("relu", **kwargs),
+        lambda **kwargs: layers.Flatten(**kwargs),
+        lambda **kwargs: layers.Average(**kwargs),
+    ],
+)
+def test_the_model_is_left_as_it_was(layer):
+    inputs = keras.Input((3,))
+    a = layers.Dense(4)
+    x, it = a(inputs), layer(activity_regularizer="l2")
+    x = it([x, x] if isinstance(it, layers.Average) else x)
+    model = randomize(keras.Model(inputs, layers.Dense(2)(x)))
+    zero(a, incoming=[0])
+    losses = len(model.losses)
+    assert ks.compact(model).layers[1].units == 3
+    assert len(model.losses) == losses
+
+
+@pytest.mark.parametrize("shape", [(None, 4), (1, None)])
+def test_dropout_of_a_noise_shape_is_a_barrier_that_trains(shape):
+    dropout = layers.Dropout(0.5, noise_shape=shape, name="it")
+    stack = [layers.Dense(4, name="a"), layers.Dense(4, name="b"), dropout]
+    model = keras.Sequential([keras.Input((3,)), *stack, layers.Dense(2)])
+    for layer in randomize(model).layers[:2]:
+        zero(layer, incoming=[0])
+    small = check(model)
+    assert small(np.ones((2, 3)), training=True).shape == (2, 2)
+    assert reasons(small) == {"b": (1, "it goes into 'it', which has a noise shape")}
 
 
 def test_what_cannot_be_made_smaller(dense):
