@@ -1,7 +1,10 @@
 """A smaller model that computes the same: without its dead units."""
 
+import keras
+import numpy as np
+
 from keras_sparsity.influence import smaller_layers
-from keras_sparsity.rebuild import Rebuilt, check_rebuildable, copy_state
+from keras_sparsity.rebuild import Rebuilt, check_rebuildable, clone, copy_state
 from keras_sparsity.selection import check_weights, governors
 
 
@@ -54,8 +57,10 @@ def compact(model):
     smaller = smaller_layers(model)
 
     def convert(layer):
-        arguments, _ = smaller.get(id(layer), ({}, None))
-        return type(layer).from_config({**layer.get_config(), **arguments})
+        if id(layer) not in smaller:
+            return clone(layer)
+        arguments, _ = smaller[id(layer)]
+        return clone(layer, **_initializers(layer), **arguments)
 
     def fill(layer, new):
         if id(layer) in smaller:
@@ -65,7 +70,13 @@ def compact(model):
         else:
             copy_state(layer, new)
 
-    rebuilt = Rebuilt(model, convert, fill)
-    for _, error in rebuilt.errors.values():
-        raise error
-    return rebuilt.model
+    return Rebuilt(model, convert, fill, clones=False).model
+
+
+def _initializers(layer):
+    """Others in place of arrays, which have the size of the layer as it was."""
+    return {
+        name: "zeros"
+        for name, value in vars(layer).items()
+        if isinstance(value, keras.initializers.Constant) and np.ndim(value.value)
+    }

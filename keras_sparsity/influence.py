@@ -100,10 +100,16 @@ class _Network:
             if id(tensor) in self._units:
                 self.fix(self._units[id(tensor)], "it is an output of the model")
         for units, reason in self._fixed:
-            self._use(units, np.ones_like(units.used), reason)
+            units.used[:] = True
+            self._keep(units.wires, reason)
+        kept = []
         for call in reversed(self.calls):
             for units, used, reason in call.uses():
-                self._use(units, used, reason)
+                units.used |= used
+                kept.append((units.wires[used], reason))
+        for wires, reason in reversed(kept):  # the first layer that needs it tells why
+            if reason is not None:
+                self._keep(wires, reason)
         for call in self.calls:
             if call.output is not None and not self.stays(call.output).any():
                 wire = self._wires[call.output.wires[0]]
@@ -137,6 +143,8 @@ class _Network:
         if units is None and axis is None:
             raise Obstacle("follows a barrier or an input")
         if units is None:
+            if tensor.shape[axis] is None:
+                raise Obstacle("works along an axis of a size that is not known")
             units = self.new(axis, np.full(tensor.shape[axis], np.nan))
             self.fix(units, "it stays with an input, or with what a barrier puts out")
         if axis not in (None, units.axis):
@@ -158,11 +166,9 @@ class _Network:
         """Makes units stay."""
         self._fixed.append((units, reason))
 
-    def _use(self, units, used, reason):
-        units.used |= used
-        if reason is not None:
-            for wire in self._wires[units.wires[used]]:
-                self._reasons.setdefault(wire, reason)
+    def _keep(self, wires, reason):
+        for wire in self._wires[wires]:
+            self._reasons.setdefault(wire, reason)
 
     def reasons(self, units):
         """Why each of the units stays, or `None`."""

@@ -19,12 +19,13 @@ from keras_sparsity.selection import (
 )
 
 
-def clone(obj):
-    """A new layer, operation or regularizer of the same config."""
+def clone(obj, **changes):
+    """A new layer, operation or regularizer of the same config, but for `changes`."""
     from_config = type(obj).from_config
     # A Python lambda that is in memory is no code from somewhere else.
     trusts = "safe_mode" in inspect.signature(from_config).parameters
-    return from_config(obj.get_config(), **({"safe_mode": False} if trusts else {}))
+    config = {**obj.get_config(), **changes}
+    return from_config(config, **({"safe_mode": False} if trusts else {}))
 
 
 @contextlib.contextmanager
@@ -65,6 +66,7 @@ class Rebuilt:
         convert: Callable: a new layer for a layer of the model.
         fill: Callable: gives the weights of a layer to what stands in its place.
             Defaults to `copy_state`.
+        clones: Boolean, whether to clone a layer that fails, and not raise its error.
 
     Attributes:
         model: The new model, uncompiled, of the same weights.
@@ -72,9 +74,10 @@ class Rebuilt:
         errors: Dict of `id(layer)` to pairs of a layer that was cloned, and why.
     """
 
-    def __init__(self, model, convert, fill=None):
+    def __init__(self, model, convert, fill=None, clones=True):
         self._convert = convert
         self._fill = fill or copy_state
+        self._clones = clones
         self.errors: dict[int, tuple] = {}
         # Custom layers need not be registered: their classes are at hand.
         classes = {
@@ -156,10 +159,17 @@ class Rebuilt:
             try:
                 return self._convert(layer)
             except Exception as error:  # whatever it is, one layer must not fail all
-                self.errors[id(layer)] = (layer, error)
+                self._note(layer, error)
         new = clone(layer)
         new.sparsity_error = str(self.errors[id(layer)][1])  # for `report`
         return new
+
+    def _note(self, old, error):
+        if not self._clones:
+            raise ValueError(
+                f"Layer '{old.name}' could not be built anew: {error}"
+            ) from error
+        self.errors[id(old)] = (old, error)
 
     def _call(self, new, *args, **kwargs):
         old, _ = self._olds.get(id(new), (None, None))
@@ -174,7 +184,7 @@ class Rebuilt:
         except Exception as error:
             if old is None or id(old) in self.errors:
                 raise
-            self.errors[id(old)] = (old, error)
+            self._note(old, error)
             # A shared layer may stand elsewhere in the model by now.
             raise _Again from error
 

@@ -24,6 +24,8 @@ _ACTIVATIONS = {
     ).split()
 }
 
+_PADS = "it is constant, not 0, and '{}' pads with zeros"
+
 
 class Units:
     """The units of a tensor.
@@ -127,6 +129,8 @@ class _Mixing(Call):
         (tensor,) = inputs
         if getattr(layer, "groups", 1) > 1:
             raise Obstacle("has groups")
+        if len(layer.weights) != 1 + layer.use_bias:  # as those of its activation
+            raise Obstacle("has weights of another kind")
         axis = _channels(layer, tensor)
         self._input = network.units(tensor, axis)
         kernel = _in_float32(layer.kernel)
@@ -134,12 +138,12 @@ class _Mixing(Call):
         self._feeds = kernel.any(0)
         self._sums = kernel.sum(0)
         self._folds = _folds(layer, self._input)
-        varies = self._feeds[~self._folds].any(0)
-        if layer.activation not in _ACTIVATIONS:
-            varies[:] = True
-        values = _activated(layer, self._constants(self._folds))
-        self.output = network.new(axis, np.where(varies, np.nan, values))
-        if layer.activation not in _ACTIVATIONS:
+        if layer.activation in _ACTIVATIONS:
+            varies = self._feeds[~self._folds].any(0)
+            values = _activated(layer, self._constants(self._folds))
+            self.output = network.new(axis, np.where(varies, np.nan, values))
+        else:
+            self.output = network.new(axis, np.full(kernel.shape[-1], np.nan))
             network.fix(self.output, "the activation of its layer may mix units")
 
     def _constants(self, folded):
@@ -149,8 +153,7 @@ class _Mixing(Call):
     def uses(self):
         used = (self._feeds & ~self._folds[:, None])[:, self.output.used].any(1)
         name, known = self.layer.name, self._input.known
-        reason = f"it is constant, not 0, and '{name}' pads with zeros"
-        yield self._input, used & known, reason
+        yield self._input, used & known, _PADS.format(name)
         reason = f"it shares its place with a unit that '{name}' uses"
         yield self._input, used & ~known, reason
 
@@ -161,7 +164,9 @@ class _Mixing(Call):
         before, after = stays(self._input), stays(self.output)
         if before.all() and after.all():
             return None
-        # What nothing uses must be finite, and has lost some of its inputs.
+        # Units that nothing uses may stay for others' sake. Some of their inputs are
+        # gone, so that they have other values, if none that anything sees: 0, which
+        # is finite, as `0 * inf` in the next sum would not be.
         live = self.output.used | self.output.known
         kernel = np.where(live, to_array(self.layer.kernel), 0)
         bias = np.where(live, self._constants(self._folds & ~before), 0)[after]
@@ -175,8 +180,13 @@ class _Mixing(Call):
 class _Unitwise(Call):
     """Each output comes from one input, and is what that is: dropout."""
 
+    # Why a constant stays of which the layer makes none.
+    _reason = "it is constant, but what '{}' makes of it is not"
+
     def __init__(self, layer, network, inputs, output):
         super().__init__(layer, network, inputs, output)
+        if getattr(layer, "noise_shape", None) is not None:
+            raise Obstacle("has a noise shape")
         (self._tensor,) = inputs
         self._input = network.units(self._tensor, self._axis())
         self._source = self._sources()
@@ -197,11 +207,12 @@ class _Unitwise(Call):
 
     def uses(self):
         # Not where the output is constant whatever the input is.
-        known = self._input.known[self._source]
-        depends = self.output.used & (known | ~self.output.known)
-        used = np.zeros_like(self._input.used)
-        used[self._source[depends]] = True
-        yield self._input, used, None
+        before, after = self._input.known[self._source], self.output.known
+        reason = self._reason.format(self.layer.name)
+        for which, why in ((before & ~after, reason), (before == after, None)):
+            used = np.zeros_like(self._input.used)
+            used[self._source[which & self.output.used]] = True
+            yield self._input, used, why
 
 
 class _Flattening(_Unitwise):
@@ -212,7 +223,7 @@ class _Flattening(_Unitwise):
         if None in shape:
             raise Obstacle("flattens a size that is not known")
         index = _lay(np.arange(len(self._input.wires)), self._input.axis, len(shape))
-        return to_array(self.layer(np.broadcast_to(index, (1, *shape))))[0]
+        return to_array(_called(self.layer, np.broadcast_to(index, (1, *shape))))[0]
 
     def _values(self):
         return self._input.values[self._source]
@@ -230,11 +241,13 @@ class _Elementwise(_Unitwise):
         known = self._constant()
         if not known.any():
             return self._input.values
+        # The layer itself is asked, on a batch of one that holds the constants, and
+        # zeros elsewhere: each unit comes from one input, so that these do not matter.
         axis, shape = self._input.axis, self._tensor.shape[1:]
         values = _lay(np.nan_to_num(self._input.values), axis, len(shape))
         # At all positions, since there may be a slope for each.
         image = np.broadcast_to(values, (1, *(size or 1 for size in shape)))
-        image = _in_float32(self.layer(image.astype("float32")))
+        image = _in_float32(_called(self.layer, image.astype("float32")))
         image = np.moveaxis(image, axis, 0).reshape(len(known), -1)
         low, high = image.min(1), image.max(1)
         return np.where(known & np.isclose(low, high, 1e-6, 1e-7), low, np.nan)
@@ -278,12 +291,16 @@ class _Spatial(_Unitwise):
 class _Padding(_Spatial):
     """Zeros around an image: a constant stays one if it is 0."""
 
+    _reason = _PADS
+
     def _values(self):
         return np.where(self._input.values == 0, 0.0, np.nan)
 
 
 class _Depthwise(_Spatial):
     """Depthwise convolution: some filters for each channel."""
+
+    _reason = _PADS
 
     def _sources(self):
         channels = np.arange(len(self._input.wires))
@@ -293,6 +310,8 @@ class _Depthwise(_Spatial):
         if self.layer.activation not in _ACTIVATIONS:
             raise Obstacle("may mix units")
         kernel = _in_float32(self.layer.kernel).reshape(-1, len(self._source))
+        # The kernel's sum is what the layer does to a constant wherever it is applied,
+        # but for the border of a padded image: there only a 0 stays what it is.
         folds = _folds(self.layer, self._input)[self._source]
         inputs = np.where(folds, self._input.values[self._source], 0)
         values = _activated(self.layer, inputs * kernel.sum(0) + _bias(self.layer))
@@ -324,7 +343,8 @@ class _Merging(Call):
         for units in others:
             network.tie(first.wires, units.wires)
         rank = len(output.shape) - 1
-        values = layer([_lay(u.values, first.axis, rank) for u in self._inputs])
+        values = [_lay(units.values, first.axis, rank) for units in self._inputs]
+        values = _called(layer, values)
         self.output = Units(first.axis, first.wires, _in_float32(values).ravel())
 
     def uses(self):
@@ -394,6 +414,12 @@ def _folds(layer, units):
 
 def _bias(layer):
     return 0.0 if layer.bias is None else _in_float32(layer.bias)
+
+
+def _called(layer, inputs):
+    """What the layer makes of `inputs`; a penalty of that is not left in the model."""
+    with keras.StatelessScope(collect_losses=True):
+        return layer(inputs)
 
 
 def _activated(layer, values):

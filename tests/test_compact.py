@@ -239,14 +239,27 @@ def test_a_slope_for_each_position():
     model.layers[1].alpha.assign(np.random.default_rng(0).uniform(size=(4, 4, 4)))
     zero(model.layers[0], incoming=[0], bias=1.0)  # is not touched by the slopes
     zero(model.layers[0], incoming=[1], bias=-1.0)  # becomes an image
-    assert sizes(check(model)) == {"first": 3, "last": 3}
+    small = check(model)
+    assert sizes(small) == {"first": 3, "last": 3}
+    reason = f"it is constant, but what '{model.layers[1].name}' makes of it is not"
+    assert reasons(small) == {"first": (1, reason)}
 
 
-def test_zeros_around_an_image():
-    model = image_model(layers.ZeroPadding2D())
+@pytest.mark.parametrize(
+    "padded",
+    [
+        layers.ZeroPadding2D(name="it"),
+        layers.DepthwiseConv2D(3, padding="same", name="it"),
+    ],
+)
+def test_zeros_around_an_image(padded):
+    model = image_model(padded)
     zero(model.layers[0], incoming=[0], bias=0.0)
     zero(model.layers[0], incoming=[1], bias=1.0)
-    assert sizes(check(model)) == {"first": 3, "last": 3}
+    small = check(model)
+    assert small.get_layer("first").filters == 3
+    reason = "it is constant, not 0, and 'it' pads with zeros"
+    assert reasons(small) == {"first": (1, reason)}
 
 
 def test_batch_normalization_that_scales_with_zero():
@@ -365,6 +378,84 @@ def test_a_softmax_inside_a_layer_holds_its_own_units_only():
     assert not reasons(small)  # it is what the others are divided by
 
 
+@keras.saving.register_keras_serializable("test_compact")
+def over_width(x):
+    return ops.softmax(x, axis=2)
+
+
+@pytest.mark.parametrize(
+    "activation", [lambda: over_width, lambda: layers.Softmax(axis=[1, 2])]
+)
+def test_an_activation_that_needs_the_whole_image(activation):
+    conv = layers.Conv2D(4, 1, activation=activation(), name="it")
+    model = image_model(conv)
+    for layer in model.layers[:2]:
+        zero(layer, incoming=[0])
+    assert sizes(check(model)) == {"first": 3, "it": 4, "last": 3}
+
+
+def test_an_activation_that_has_weights():
+    it = layers.Conv2D(4, 1, activation=layers.PReLU(shared_axes=[1, 2]), name="it")
+    model = image_model(it)
+    model(np.ones((1, 6, 6, 2)))  # makes them
+    randomize(model)
+    zero(model.layers[0], incoming=[0])
+    small = check(model)
+    assert sizes(small) == {"first": 4, "it": 4, "last": 3}
+    reason = "it goes into 'it', which has weights of another kind"
+    assert reasons(small) == {"first": (1, reason)}
+
+
+def test_concatenation_along_a_size_that_is_not_known():
+    inputs = keras.Input((None, 4))
+    a, out = layers.Dense(4, name="a"), layers.Dense(2, name="out")
+    both = layers.Concatenate(axis=1, name="both")([inputs, inputs])
+    model = randomize(keras.Model(inputs, out(a(both))))
+    zero(a, incoming=[0])
+    small = ks.compact(model)
+    assert sizes(small) == {"a": 3, "out": 2}
+    x = np.random.default_rng(0).normal(size=(2, 3, 4))
+    np.testing.assert_allclose(*outputs_of(model, x), *outputs_of(small, x), rtol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
+def test_a_python_lambda():
+    model = image_model(layers.Lambda(lambda x: 2 * x))
+    zero(model.layers[-1], outgoing=[0])
+    zero(model.layers[0], incoming=[0])
+    assert sizes(check(model)) == {"first": 4, "last": 3}
+
+
+def test_initializers_of_the_full_size():
+    values = np.arange(1.0, 5.0)
+    a = layers.Dense(4, bias_initializer=keras.initializers.Constant(values), name="a")
+    norm = layers.BatchNormalization(
+        beta_initializer=keras.initializers.Constant([*values])
+    )
+    b = layers.Dense(2, bias_initializer=keras.initializers.Constant(0.5), name="b")
+    model = randomize(keras.Sequential([keras.Input((5,)), a, norm, b]))
+    zero(a, incoming=[0])
+    small = check(model)
+    assert sizes(small) == {"a": 3, "b": 2}
+    again = keras.models.clone_model(small)  # builds with the initializers
+    assert again.count_params() == small.count_params()
+    assert again.get_layer("b").bias.numpy().tolist() == [0.5, 0.5]
+
+
+@keras.saving.register_keras_serializable("test_compact")
+class OfOneSize(keras.initializers.Initializer):
+    def __call__(self, shape, dtype=None):
+        return ops.ones(4, dtype)
+
+
+def test_a_layer_that_cannot_be_smaller_is_named(dense):
+    a = layers.Dense(4, bias_initializer=OfOneSize(), name="a")
+    model = randomize(keras.Sequential([keras.Input((5,)), a, layers.Dense(2)]))
+    zero(a, incoming=[0])
+    with pytest.raises(ValueError, match="Layer 'a' could not be built anew: "):
+        ks.compact(model)
+
+
 def test_a_layer_that_is_called_twice_stays():
     inputs = keras.Input((4,))
     a, twice, out = (layers.Dense(4, name=name) for name in ("a", "twice", "out"))
@@ -403,6 +494,38 @@ def test_models_in_the_model_and_saved_files(tmp_path):
     for same in (small, keras.saving.load_model(tmp_path / "small.keras")):
         (expected,), (outputs,) = outputs_of(model, x), outputs_of(same, x)
         np.testing.assert_allclose(outputs, expected, rtol=1e-2, atol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda **kwargs: layers.Activation("relu", **kwargs),
+        lambda **kwargs: layers.Flatten(**kwargs),
+        lambda **kwargs: layers.Average(**kwargs),
+    ],
+)
+def test_the_model_is_left_as_it_was(layer):
+    inputs = keras.Input((3,))
+    a = layers.Dense(4)
+    x, it = a(inputs), layer(activity_regularizer="l2")
+    x = it([x, x] if isinstance(it, layers.Average) else x)
+    model = randomize(keras.Model(inputs, layers.Dense(2)(x)))
+    zero(a, incoming=[0])
+    losses = len(model.losses)
+    assert ks.compact(model).layers[1].units == 3
+    assert len(model.losses) == losses
+
+
+@pytest.mark.parametrize("shape", [(None, 4), (1, None)])
+def test_dropout_of_a_noise_shape_is_a_barrier_that_trains(shape):
+    dropout = layers.Dropout(0.5, noise_shape=shape, name="it")
+    stack = [layers.Dense(4, name="a"), layers.Dense(4, name="b"), dropout]
+    model = keras.Sequential([keras.Input((3,)), *stack, layers.Dense(2)])
+    for layer in randomize(model).layers[:2]:
+        zero(layer, incoming=[0])
+    small = check(model)
+    assert small(np.ones((2, 3)), training=True).shape == (2, 2)
+    assert reasons(small) == {"b": (1, "it goes into 'it', which has a noise shape")}
 
 
 def test_what_cannot_be_made_smaller(dense):

@@ -253,3 +253,23 @@ def test_the_benchmark_of_inference_compares_layers_and_networks():
     (row,) = json.loads(line)["results"]
     assert sum("  sparse" in line for line in table[-10:-2]) == row["sparse_layers"]
     assert row["difference"] <= 1e-5
+
+
+@pytest.mark.slow
+def test_the_benchmark_of_compaction_compares_a_model_with_what_is_left(tmp_path):
+    model = keras.Sequential([keras.Input((5,)), *map(keras.layers.Dense, (4, 3, 2))])
+    kernel = np.ones((5, 4))
+    kernel[:, 1:] = 0
+    model.layers[0].kernel.assign(kernel)
+    model.save(tmp_path / "model.keras")
+    command = [sys.executable, EXAMPLES / "benchmarks" / "compaction.py"]
+    small = [tmp_path / "model.keras", "--batch_size=2", "--rounds=1"]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    output = subprocess.run(
+        [*command, *small], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    _, row = map(json.loads, output.splitlines())
+    assert row["units"] == ["4-3", "1-3"]
+    assert row["macs"] == [5 * 4 + 4 * 3 + 3 * 2, 5 + 3 + 3 * 2]
+    assert row["difference"] < 1e-5
+    assert min(row["ms at 2"]) > 0

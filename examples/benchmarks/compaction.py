@@ -11,23 +11,22 @@ round. TensorFlow and JAX run a compiled function, torch runs eagerly.
 
 import importlib
 import json
-import os
-import platform
 import statistics
-import time
 
 import keras
+import machine
 import numpy as np
 from absl import app, flags
 from keras import ops
 
 import keras_sparsity as ks
+from keras_sparsity.timing import inference, paired_medians
 
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("prune", [], "Sparsities to prune to first. Default: as it is.")
 flags.DEFINE_list("batch_size", ["1", "256"], "Images at a time.")
-flags.DEFINE_integer("rounds", 30, "Rounds of which to take the median.", lower_bound=1)
+flags.DEFINE_integer("rounds", 7, "Rounds of which to take the median.", lower_bound=1)
 
 
 def main(argv):
@@ -39,7 +38,7 @@ def main(argv):
         "backend": f"{keras.backend.backend()} {backend.__version__}",
         "keras": keras.__version__,
         "keras_sparsity": ks.__version__,
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
+        "hardware": machine.hardware(),
     }
     print(json.dumps(setting))
     for path in paths:
@@ -62,13 +61,14 @@ def compare(model, small):
         "stay": [f"{row.layer}: {row.dead}, {row.reason}" for row in after.dead_units],
     }
     for size in map(int, FLAGS.batch_size):
-        x = generator.uniform(size=(size, *shape)).astype("float32")
-        expected, outputs = (ops.convert_to_numpy(m(x)) for m in (model, small))
+        x = ops.cast(generator.uniform(size=(size, *shape)), "float32")
+        runs = [inference(m, x) for m in (model, small)]
+        expected, outputs = (run() for run in runs)
         row["difference"] = float(abs(outputs - expected).max())
-        times = time_in_turns([function(m, x) for m in (model, small)])
-        ratios = [one / other for one, other in zip(*times, strict=True)]
-        row[f"ms at {size}"] = [round(1e3 * statistics.median(t), 4) for t in times]
-        row[f"faster at {size}"] = round(statistics.median(ratios), 3)
+        rounds = [paired_medians(runs) for _ in range(FLAGS.rounds)]
+        row[f"ms at {size}"] = np.round(1e3 * np.median(rounds, axis=0), 4).tolist()
+        ratio = statistics.median(slow / fast for slow, fast in rounds)
+        row[f"faster at {size}"] = round(ratio, 3)
     return row
 
 
@@ -76,50 +76,6 @@ def units(model):
     """How many units each layer with a kernel has, without the outputs."""
     *hidden, _ = [layer for layer in model.layers if hasattr(layer, "kernel")]
     return "-".join(str(layer.kernel.shape[-1]) for layer in hidden)
-
-
-def function(model, x):
-    """Runs the model on `x` once, and waits for the outputs."""
-    x = ops.convert_to_tensor(x)
-    match keras.backend.backend():
-        case "jax":
-            import jax
-
-            state = [
-                [variable.value for variable in variables]
-                for variables in (
-                    model.trainable_variables,
-                    model.non_trainable_variables,
-                )
-            ]
-            call = jax.jit(lambda *arguments: model.stateless_call(*arguments)[0])
-            return lambda: call(*state, x).block_until_ready()
-        case "tensorflow":
-            import tensorflow as tf
-
-            call = tf.function(lambda x: model(x, training=False))
-            return lambda: call(x).numpy()
-        case _:
-            import torch
-
-            call = torch.inference_mode()(lambda: model(x, training=False))
-            return call
-
-
-def time_in_turns(functions):
-    """Seconds per call of each function in every round."""
-
-    def seconds(function, count):
-        began = time.perf_counter()
-        for _ in range(count):
-            function()
-        return (time.perf_counter() - began) / count
-
-    for function in functions:
-        seconds(function, 3)  # compiles
-    count = max(1, round(0.05 / seconds(functions[0], 10)))
-    rounds = [[seconds(f, count) for f in functions] for _ in range(FLAGS.rounds)]
-    return list(zip(*rounds, strict=True))
 
 
 if __name__ == "__main__":
