@@ -7,6 +7,8 @@ import shutil
 import tempfile
 import zipfile
 
+_UNFINISHED = "unfinished-"
+
 
 @contextlib.contextmanager
 def written_whole(path):
@@ -19,7 +21,7 @@ def written_whole(path):
     try:
         # A folder of its own: other files, and other writers, may have any name.
         with tempfile.TemporaryDirectory(
-            prefix="unfinished-", dir=target.parent, ignore_cleanup_errors=True
+            prefix=_UNFINISHED, dir=target.parent, ignore_cleanup_errors=True
         ) as folder:
             beside = pathlib.Path(folder, path.name)
             yield beside
@@ -33,6 +35,12 @@ def written_whole(path):
             f"'{path}' could not be written; what was written before is intact. "
             f"Received: {error}"
         ) from error
+
+
+def remove_unfinished(directory):
+    """Removes what `written_whole` has left in `directory` when it was killed."""
+    for folder in directory.glob(f"{_UNFINISHED}*/"):
+        shutil.rmtree(folder)
 
 
 def read_archive(file):

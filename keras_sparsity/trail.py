@@ -5,6 +5,7 @@ import json
 import numbers
 import pathlib
 import re
+import tempfile
 import time
 import zipfile
 from typing import Any
@@ -13,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_sparsity.counting import NEAR_ZERO, count_zeros, counted_weights, finite
-from keras_sparsity.files import written_whole
+from keras_sparsity.files import remove_unfinished, written_whole
 from keras_sparsity.record import FORMAT, pareto_front, read_lines, read_points
 from keras_sparsity.replicas import all_workers_have, is_chief
 from keras_sparsity.state import restore_training_state, training_state
@@ -140,11 +141,10 @@ class SparsityTrail(keras.callbacks.Callback):
                 finalize(self.model)  # raises now what it would after an epoch
 
     def _try_directory(self):
-        trial = self.directory / "unfinished.keras"
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            trial.touch()
-            trial.unlink()
+            tempfile.TemporaryDirectory(dir=self.directory).cleanup()
+            remove_unfinished(self.directory)  # what a killed run was writing
         except OSError as error:
             raise OSError(
                 "Argument `directory` must be a directory that can be written. "
