@@ -11,14 +11,12 @@ a table and pictures of the lines.
 import concurrent.futures
 import dataclasses
 import functools
-import importlib
 import itertools
 import json
 import multiprocessing
 import os
 import pathlib
 import platform
-import shlex
 import sys
 import time
 
@@ -27,6 +25,7 @@ import data as data_sets
 import keras
 import methods
 import models
+import provenance
 from absl import app, flags, logging
 
 FLAGS = flags.FLAGS
@@ -134,21 +133,13 @@ def train(job, data_dir):
     points = methods.curve(
         network, data, method, job["settings"], job["sparsities"], training
     )
-    backend = keras.backend.backend()
-    versions = {
-        name: importlib.import_module(name).__version__
-        for name in ("keras_sparsity", "keras", backend, "numpy")
-    }
     return {
         "format": curves.FORMAT,
         **job,
         "curve": points,
         "seconds": round(time.monotonic() - began, 1),
-        "backend": backend,
-        "versions": versions,
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
-        "command": shlex.join(["python", *sys.argv]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+        **provenance.provenance(),
     }
 
 

@@ -5,12 +5,10 @@ digits, pruned by LTP. `--helpshort` lists the other methods, networks and setti
 """
 
 import functools
-import importlib
 import json
 import math
 import pathlib
 import re
-import shlex
 import sys
 import tempfile
 import time
@@ -20,6 +18,7 @@ import devices
 import imagenet
 import keras
 import models
+import provenance
 import recipes
 import settings
 from absl import app, flags, logging
@@ -398,16 +397,8 @@ def measure(model, data, path):
 
 def record(path, results, seconds):
     """Appends one line: what was asked for, with which versions, what came out."""
-    backend = keras.backend.backend()
-    versions = {
-        name: importlib.import_module(name).__version__
-        for name in ("keras_sparsity", "keras", backend, "numpy")
-    }
     entry = {
-        "command": shlex.join(["python", *sys.argv]),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
-        "backend": backend,
-        "versions": versions,
+        **provenance.provenance(),
         "settings": flag_values(),
         "seconds": round(seconds, 1),
         **results,

@@ -48,10 +48,10 @@ class SparsityTrail(keras.callbacks.Callback):
     or the optimizer at the end of an epoch: the state is that when its turn comes. Not
     in it are the random operations of TensorFlow, such as the order in which `fit`
     shuffles arrays there (give it data whose order is a function of the epoch, or
-    `shuffle=False`); layers outside of the model; random
-    numbers that are drawn without a seed or a `SeedGenerator`; what other callbacks
-    remember, as `EarlyStopping` does; and of batch statistics that every replica has
-    for itself all but the first's (`BatchNormalization(synchronized=True)` has one).
+    `shuffle=False`); layers outside of the model; random numbers that are drawn
+    without a seed or a `SeedGenerator`; what other callbacks remember, as
+    `EarlyStopping` does; and of batch statistics that every replica has for itself all
+    but the first's (`BatchNormalization(synchronized=True)` has one).
 
     Args:
         directory: Path of the directory to write to. It is made if it does not exist.

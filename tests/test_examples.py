@@ -204,14 +204,20 @@ def test_a_killed_run_is_finished_by_the_same_command(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
+def lines_of_benchmark(script, *arguments):
+    """What one of the benchmarks prints."""
+    return subprocess.run(
+        [sys.executable, EXAMPLES / "benchmarks" / script, *arguments],
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.splitlines()
+
+
 def test_the_benchmark_compares_every_method_with_the_dense_step():
-    command = [sys.executable, EXAMPLES / "benchmarks" / "step_time.py", "--json"]
     small = ["--network=lenet_300_100", "--rounds=1", "--steps=2"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    output = subprocess.run(
-        [*command, *small], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    *table, line = output.splitlines()
+    *table, line = lines_of_benchmark("step_time.py", "--json", *small)
     rows = json.loads(line)["results"]["lenet_300_100"]
     assert [row.split()[0] for row in table[-4:]] == list(rows)
     assert rows["dense"]["over dense"] == 1
@@ -222,17 +228,8 @@ def test_the_benchmark_compares_every_method_with_the_dense_step():
 def test_file_sizes_are_compared_with_the_plain_file(tmp_path):
     model = models.build("lenet5", (28, 28, 1), 10)
     model.save(tmp_path / "model.keras")
-    output = subprocess.run(
-        [
-            *(sys.executable, EXAMPLES / "benchmarks" / "file_size.py", "--json"),
-            *(f"--file={tmp_path / 'model.keras'}", "--sparsities=0.95", "--rounds=1"),
-        ],
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
-        capture_output=True,
-        text=True,
-        check=True,
-    ).stdout
-    *_, line = output.splitlines()
+    small = [f"--file={tmp_path / 'model.keras'}", "--sparsities=0.95", "--rounds=1"]
+    *_, line = lines_of_benchmark("file_size.py", "--json", *small)
     (rows,) = json.loads(line)["results"].values()
     assert rows["save"]["over save"] == 1
     # 0.05 of 61,706 weights, by 32 bits and their entropy of 0.286 bits per weight.
@@ -243,13 +240,8 @@ def test_file_sizes_are_compared_with_the_plain_file(tmp_path):
 
 @pytest.mark.slow
 def test_the_benchmark_of_inference_compares_layers_and_networks():
-    command = [sys.executable, EXAMPLES / "benchmarks" / "inference.py", "--json"]
     small = ["--network=pointwise", "--batch_size=1", "--rounds=1"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    output = subprocess.run(
-        [*command, *small], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    *table, line = output.splitlines()
+    *table, line = lines_of_benchmark("inference.py", "--json", *small)
     (row,) = json.loads(line)["results"]
     assert sum("  sparse" in line for line in table[-10:-2]) == row["sparse_layers"]
     assert row["difference"] <= 1e-5
@@ -262,13 +254,8 @@ def test_the_benchmark_of_compaction_compares_a_model_with_what_is_left(tmp_path
     kernel[:, 1:] = 0
     model.layers[0].kernel.assign(kernel)
     model.save(tmp_path / "model.keras")
-    command = [sys.executable, EXAMPLES / "benchmarks" / "compaction.py"]
     small = [tmp_path / "model.keras", "--batch_size=2", "--rounds=1"]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    output = subprocess.run(
-        [*command, *small], env=environment, capture_output=True, text=True, check=True
-    ).stdout
-    _, row = map(json.loads, output.splitlines())
+    _, row = map(json.loads, lines_of_benchmark("compaction.py", *small))
     assert row["units"] == ["4-3", "1-3"]
     assert row["macs"] == [5 * 4 + 4 * 3 + 3 * 2, 5 + 3 + 3 * 2]
     assert row["difference"] < 1e-5

@@ -9,7 +9,6 @@ meets them alike; a time is the median of the rounds, as is the ratio of those o
 round. TensorFlow and JAX run a compiled function, torch runs eagerly.
 """
 
-import importlib
 import json
 import statistics
 
@@ -33,14 +32,7 @@ def main(argv):
     _, *paths = argv
     if not paths:
         raise app.UsageError("Give the `.keras` files of the models.")
-    backend = importlib.import_module(keras.backend.backend())
-    setting = {
-        "backend": f"{keras.backend.backend()} {backend.__version__}",
-        "keras": keras.__version__,
-        "keras_sparsity": ks.__version__,
-        "hardware": machine.hardware(),
-    }
-    print(json.dumps(setting))
+    print(json.dumps(machine.setting()))
     for path in paths:
         model = keras.saving.load_model(path, compile=False)
         pruned = [ks.prune(model, float(sparsity)) for sparsity in FLAGS.prune]

@@ -15,7 +15,6 @@ and the entropy of where those are. Float bits compress too, so it is no bound.
 
 import functools
 import gzip
-import importlib
 import json
 import math
 import pathlib
@@ -52,14 +51,7 @@ flags.DEFINE_bool("json", False, "Print a line of JSON too.")
 
 def main(argv):
     del argv
-    backend = importlib.import_module(keras.backend.backend())
-    setting = {
-        "backend": f"{keras.backend.backend()} {backend.__version__}",
-        "keras": keras.__version__,
-        "keras_sparsity": ks.__version__,
-        "hardware": machine.hardware(),
-    }
-    print(*(f"{key}: {value}" for key, value in setting.items()), sep="\n")
+    setting = machine.print_setting()
     keras.utils.set_random_seed(0)
     results = {}
     for name in FLAGS.file or FLAGS.network:

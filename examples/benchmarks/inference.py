@@ -10,7 +10,6 @@ network: calls of both models in turns in one process, as `predict` would run th
 without its input pipeline. A ratio is of medians in the same round.
 """
 
-import importlib
 import json
 import pathlib
 import statistics
@@ -68,15 +67,7 @@ flags.DEFINE_bool("json", False, "Print a line of JSON too.")
 
 def main(argv):
     del argv
-    backend = importlib.import_module(keras.backend.backend())
-    setting = {
-        "backend": f"{keras.backend.backend()} {backend.__version__}",
-        "keras": keras.__version__,
-        "keras_sparsity": ks.__version__,
-        "sparsity": FLAGS.sparsity,
-        "hardware": machine.hardware(),
-    }
-    print(*(f"{key}: {value}" for key, value in setting.items()), sep="\n")
+    setting = machine.print_setting(sparsity=FLAGS.sparsity)
     results = [
         benchmark(network, batch_size)
         for network in FLAGS.network

@@ -1,12 +1,36 @@
-"""The machine that a benchmark runs on."""
+"""What a benchmark runs on."""
 
+import importlib
 import os
 import pathlib
 import platform
 import re
 
+import keras
 
-def hardware():
+import keras_sparsity as ks
+
+
+def setting(**more):
+    """Versions, what a benchmark has `more` to say, and the hardware."""
+    backend = importlib.import_module(keras.backend.backend())
+    return {
+        "backend": f"{keras.backend.backend()} {backend.__version__}",
+        "keras": keras.__version__,
+        "keras_sparsity": ks.__version__,
+        **more,
+        "hardware": _hardware(),
+    }
+
+
+def print_setting(**more):
+    """Prints what `setting` returns, a line each, and returns it."""
+    printed = setting(**more)
+    print(*(f"{key}: {value}" for key, value in printed.items()), sep="\n")
+    return printed
+
+
+def _hardware():
     """Name of the processor, and how many of its cores this process may use."""
     cpuinfo = pathlib.Path("/proc/cpuinfo")
     names = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())

@@ -15,7 +15,6 @@ how many exponentials, sigmoids and such are computed for each kernel weight.
 """
 
 import functools
-import importlib
 import itertools
 import json
 import math
@@ -68,15 +67,7 @@ flags.DEFINE_bool("json", False, "Print a line of JSON too.")
 
 def main(argv):
     del argv
-    backend = importlib.import_module(keras.backend.backend())
-    setting = {
-        "backend": f"{keras.backend.backend()} {backend.__version__}",
-        "keras": keras.__version__,
-        "keras_sparsity": ks.__version__,
-        "jit_compile": FLAGS.jit_compile,
-        "hardware": machine.hardware(),
-    }
-    print(*(f"{key}: {value}" for key, value in setting.items()), sep="\n")
+    setting = machine.print_setting(jit_compile=FLAGS.jit_compile)
     results = {network: benchmark(network) for network in FLAGS.network}
     if FLAGS.json:
         print(json.dumps({**setting, "results": results}))
