@@ -8,7 +8,7 @@ import numpy as np
 from keras_sparsity.checks import check_integer
 from keras_sparsity.products import NO_XLA, takes_xla
 from keras_sparsity.rebuild import Rebuilt, check_rebuildable, clone, copy_state
-from keras_sparsity.selection import governors, kernels, leaves, to_array
+from keras_sparsity.selection import check_plain, kernels, leaves, to_array
 from keras_sparsity.sparse_layer import SparseLayer, why_dense
 from keras_sparsity.timing import inference, paired_medians
 
@@ -128,11 +128,7 @@ def accelerate_by(model, batch_size, measure):
     """
     check_rebuildable(model, "accelerate")
     batch_size = check_integer("batch_size", batch_size, at_least=1)
-    for governor in governors(model):
-        raise ValueError(
-            "Argument `model` of `accelerate` must have fixed zeros. Received a model "
-            f"with a {type(governor).__name__} in it: call `finalize` on it first."
-        )
+    check_plain(model, "accelerate")
     rows = {
         id(layer): _choose(layer, batch_size, measure)
         for layer in leaves(model)

@@ -5,7 +5,7 @@ import numpy as np
 
 from keras_sparsity.influence import smaller_layers
 from keras_sparsity.rebuild import Rebuilt, check_rebuildable, clone, copy_state
-from keras_sparsity.selection import check_weights, governors
+from keras_sparsity.selection import check_plain, check_weights
 
 
 def compact(model):
@@ -47,12 +47,7 @@ def compact(model):
     ```
     """
     check_rebuildable(model, "compact")
-    if governors(model):
-        raise ValueError(
-            "Argument `model` of `compact` must be a plain model. Received one with a "
-            f"{type(governors(model)[0]).__name__}, which decides what is zero: call "
-            "`finalize` or `prune` on it first."
-        )
+    check_plain(model, "compact")
     check_weights(model)
     smaller = smaller_layers(model)
 

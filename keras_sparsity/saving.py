@@ -6,7 +6,7 @@ import re
 import keras
 
 from keras_sparsity.files import read_archive, write_archive, written_whole
-from keras_sparsity.selection import check_model, governors
+from keras_sparsity.selection import check_model, check_plain
 
 
 def save_model(model, path):
@@ -35,7 +35,7 @@ def save_model(model, path):
     ```
     """
     check_model(model, "save_model", rewritable=False)
-    _check_plain(model, "save_model", _ours_in_config(model))
+    check_plain(model, "save_model", _ours_in_config(model))
     path = _checked_path(path, ".keras")
     with written_whole(path) as beside:
         model.save(beside)
@@ -82,7 +82,7 @@ def export_litert(model, path):
     - [Elsen et al., Fast Sparse ConvNets](https://arxiv.org/abs/1911.09723)
     """
     check_model(model, "export_litert", rewritable=False)
-    _check_plain(model, "export_litert")
+    check_plain(model, "export_litert")
     path = _checked_path(path, ".tflite")
     if keras.backend.backend() != "tensorflow":
         raise RuntimeError(
@@ -99,18 +99,6 @@ def export_litert(model, path):
             format="litert",
             verbose=False,
             optimizations=[tf.lite.Optimize.EXPERIMENTAL_SPARSITY],
-        )
-
-
-def _check_plain(model, function, others=()):
-    """Raises a `ValueError` if methods or `others` are in `model`."""
-    found = sorted(
-        {type(governor).__name__ for governor in governors(model)} | {*others}
-    )
-    if found:
-        raise ValueError(
-            f"Argument `model` of `{function}` must be a plain model. Received one "
-            f"with {', '.join(found)} in it: call `finalize` on it first, or `prune`."
         )
 
 

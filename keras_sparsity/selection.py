@@ -109,6 +109,18 @@ def governors(layer) -> list:
     return [inner for inner in walk(layer) if hasattr(inner, "governed_weights")]
 
 
+def check_plain(model, function: str, others=()) -> None:
+    """Raises a `ValueError` if methods or `others` are in `model`."""
+    found = sorted(
+        {type(governor).__name__ for governor in governors(model)} | {*others}
+    )
+    if found:
+        raise ValueError(
+            f"Argument `model` of `{function}` must be a plain model. Received one "
+            f"with {', '.join(found)} in it: call `finalize` on it first, or `prune`."
+        )
+
+
 def check_ungoverned(layer, wrapper: str) -> None:
     """Raises a `ValueError` if something in `layer` governs its weights already."""
     for governor in governors(layer):
