@@ -1,8 +1,8 @@
 """The ways from a new network to plain sparse ones that `compare.py` compares.
 
 Every way has the same number of epochs in all, from the first dense one to the last of
-fine-tuning, and the same schedule: each phase of it begins at the learning rate and
-ends at zero, along a cosine.
+fine-tuning. The last phase lowers the learning rate to zero, along a cosine; those
+before it do so or leave it as it is, whichever serves the method better.
 """
 
 import dataclasses
@@ -29,6 +29,9 @@ class Method:
         pretrain: Part of the epochs that train the dense network before.
         targets: Whether each sparsity takes a training of its own. If not, one is
             pruned to each of them.
+        prunes: Whether it prunes at all: else its only sparsity is zero.
+        steady: Whether the learning rate stays what it is until the last phase. If not,
+            it falls to zero in each of them.
         callbacks: Callable of the target and the number of steps: for `fit`.
         multiplier: Learning rate of scales and thresholds over that of the weights.
     """
@@ -39,6 +42,8 @@ class Method:
     targets: bool = False
     callbacks: Callable = lambda target, steps: []
     multiplier: float = 1.0
+    prunes: bool = True
+    steady: bool = False
 
 
 def penalty(regularizer, *settings, multiplier=1.0):
@@ -101,6 +106,7 @@ class GlobalMagnitude(keras.callbacks.Callback):
 
 
 METHODS = {
+    "dense": Method(lambda target, steps: None, prunes=False),
     "magnitude": Method(lambda target, steps: None),
     "l1": penalty(keras.regularizers.L1, {"l1": 3e-5}, {"l1": 1e-4}, {"l1": 3e-4}),
     "sws": penalty(
@@ -121,20 +127,22 @@ METHODS = {
         {"xi": 1e-7, "psi": 2e-4},
         {"xi": 1e-7, "psi": 5e-4},
         {"xi": 1e-7, "psi": 1e-3},
-        multiplier=3.0,
+        multiplier=4.0,
     ),
-    "gradual": Method(gradual, pretrain=0.5, targets=True),
+    "gradual": Method(gradual, pretrain=0.25, targets=True, steady=True),
     "gradual_global": Method(
         masked,
-        pretrain=0.5,
+        pretrain=0.25,
         targets=True,
+        steady=True,
         callbacks=lambda target, steps: [GlobalMagnitude(cubic(target, steps))],
     ),
     "ltp": Method(
         learned,
         settings=({"l0": 1e-6},),
-        pretrain=0.5,
+        pretrain=0.25,
         targets=True,
+        steady=True,
         callbacks=lambda target, steps: [ks.SparsityTarget(target)],
     ),
 }
@@ -152,10 +160,13 @@ class Training:
     finetune: float
     recalibrate: bool
 
-    def fit(self, model, data, epochs, multiplier=1.0, callbacks=()):
-        steps = self.steps(data, epochs)
+    def fit(self, model, data, epochs, multiplier=1.0, callbacks=(), falls=True):
+        rate = self.learning_rate
+        if falls:
+            steps = self.steps(data, epochs)
+            rate = keras.optimizers.schedules.CosineDecay(rate, steps)
         optimizer = keras.optimizers.SGD(
-            keras.optimizers.schedules.CosineDecay(self.learning_rate, steps),
+            rate,
             momentum=self.momentum,
             weight_decay=self.weight_decay or None,
         )
@@ -195,18 +206,19 @@ def curve(network, data, method, settings, sparsities, training):
     steps = training.steps(data, epochs)
     dense = network()
     if pretrain:
-        training.fit(dense, data, pretrain)
+        training.fit(dense, data, pretrain, falls=not method.steady)
 
     def governed(target):
         governs = method.governs(target, steps, **settings)
         model = dense if governs is None else ks.sparsify(dense, governs)
         callbacks = method.callbacks(target, steps)
-        training.fit(model, data, epochs, method.multiplier, callbacks)
+        falls = not (method.steady and finetune)
+        training.fit(model, data, epochs, method.multiplier, callbacks, falls)
         return model
 
     trained = None if method.targets else governed(None)
     points = []
-    for sparsity in sparsities:
+    for sparsity in sparsities if method.prunes else [0.0]:
         if method.targets:
             small = ks.finalize(governed(sparsity))
         else:

@@ -68,7 +68,7 @@ def export_litert(model, path):
         TypeError: If `model` is no `keras.Model`.
         ValueError: If it is not built, or a method still governs its weights; if `path`
             ends otherwise.
-        RuntimeError: If the backend is not TensorFlow.
+        RuntimeError: If the backend is not TensorFlow, or LiteRT's converter fails.
         OSError: If the file cannot be written. One that was there stays as it was.
 
     Example:
@@ -94,12 +94,20 @@ def export_litert(model, path):
     import tensorflow as tf
 
     with written_whole(path) as beside:
-        model.export(
-            beside,
-            format="litert",
-            verbose=False,
-            optimizations=[tf.lite.Optimize.EXPERIMENTAL_SPARSITY],
-        )
+        try:
+            model.export(
+                beside,
+                format="litert",
+                verbose=False,
+                optimizations=[tf.lite.Optimize.EXPERIMENTAL_SPARSITY],
+            )
+        except OSError:
+            raise
+        except Exception as error:  # the converter's own class is not public
+            raise RuntimeError(
+                f"LiteRT cannot convert model '{model.name}'. Its converter said: "
+                f"{str(error).strip()}"
+            ) from error
 
 
 def _ours_in_config(model):

@@ -54,7 +54,7 @@ def network():
     )
 
 
-@pytest.mark.parametrize("name", sorted({*methods.METHODS} - {"ltp"}))
+@pytest.mark.parametrize("name", sorted({*methods.METHODS} - {"dense", "ltp"}))
 def test_every_method_comes_to_the_sparsity(name):
     method = methods.METHODS[name]
     points = methods.curve(
@@ -66,6 +66,12 @@ def test_every_method_comes_to_the_sparsity(name):
         assert point["target"] - 2 / 300 <= point["sparsity"] <= point["target"]
         assert len(point["layers"]) == 2
         assert 0.3 < point["test"] <= 1
+
+
+def test_dense_has_one_point():
+    dense = methods.METHODS["dense"]
+    (point,) = methods.curve(network, DATA, dense, {}, [0.5, 0.8], TRAINING)
+    assert point["target"] == point["sparsity"] == 0
 
 
 def test_ltp_is_steered():

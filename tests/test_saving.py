@@ -224,6 +224,24 @@ def run_litert(interpreter, path, x):
     return runner.get_tensor(result["index"]), runner.get_tensor_details()
 
 
+class Bessel(layers.Layer):
+    def call(self, x):
+        import tensorflow as tf
+
+        return tf.math.bessel_i0(x)
+
+
+@ON_TENSORFLOW
+def test_what_litert_has_no_operation_for_is_an_error(tmp_path):
+    model = keras.Sequential([keras.Input((12,)), layers.Dense(3), Bessel()])
+    path = tmp_path / "model.tflite"
+    path.write_text("of before")
+    with pytest.raises(RuntimeError, match="(?s)LiteRT cannot convert .*BesselI0"):
+        ks.export_litert(ks.prune(model, 0.8), path)
+    assert os.listdir(tmp_path) == ["model.tflite"]
+    assert path.read_text() == "of before"
+
+
 @pytest.mark.skipif(
     keras.backend.backend() == "tensorflow", reason="what other backends do"
 )
