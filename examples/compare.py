@@ -40,7 +40,7 @@ flags.DEFINE_float("validation_split", 0.1, "Part held out, in (0, 1).")
 flags.DEFINE_integer("epochs", 20, "Epochs of every method in all.", lower_bound=2)
 flags.DEFINE_list(
     "finetune",
-    ["0", "0.4"],
+    ["0", "0.2"],
     "Parts of the epochs that train the pruned network with its zeros kept; every "
     "method is run with each.",
 )

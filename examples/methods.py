@@ -68,8 +68,9 @@ def masked(target, steps):
     return ks.KeepZeros
 
 
-def learned(target, steps, **settings):
-    return functools.partial(ks.LTP, **settings)
+def learned(target, steps, l0):
+    # Where the steering begins: the fewer weights are left, the more each is worth.
+    return functools.partial(ks.LTP, l0=l0 / (1 - target))
 
 
 class GlobalMagnitude(keras.callbacks.Callback):
@@ -129,18 +130,18 @@ METHODS = {
         {"xi": 1e-7, "psi": 1e-3},
         multiplier=4.0,
     ),
-    "gradual": Method(gradual, pretrain=0.25, targets=True, steady=True),
+    "gradual": Method(gradual, pretrain=0.5, targets=True, steady=True),
     "gradual_global": Method(
         masked,
-        pretrain=0.25,
+        pretrain=0.5,
         targets=True,
         steady=True,
         callbacks=lambda target, steps: [GlobalMagnitude(cubic(target, steps))],
     ),
     "ltp": Method(
         learned,
-        settings=({"l0": 1e-6},),
-        pretrain=0.25,
+        settings=({"l0": 1e-7},),
+        pretrain=0.5,
         targets=True,
         steady=True,
         callbacks=lambda target, steps: [ks.SparsityTarget(target)],
