@@ -62,7 +62,12 @@ flags.DEFINE_float(
     None,
     "Part of the kernel weights to make zero, in [0, 1). Default: with ltp what l0 "
     "leads to, 0.9 with halo, l1 and magnitude, no pruning with dense. With ltp, the "
-    "best epoch that has at least this sparsity is taken.",
+    "best epoch that has at least this sparsity is taken, or the last with --steer.",
+)
+flags.DEFINE_bool(
+    "steer",
+    False,
+    "Lead ltp or halo to --sparsity: l0, or xi and psi, are only where it begins.",
 )
 flags.DEFINE_list(
     "curve",
@@ -123,10 +128,16 @@ flags.DEFINE_float(
     "Learning rate at the start of each phase (dense training, method, fine-tuning).",
     lower_bound=0,
 )
+flags.DEFINE_enum(
+    "schedule",
+    "steps",
+    ["steps", "cosine"],
+    "How each phase lowers the learning rate: at --drops, or along a cosine to zero.",
+)
 flags.DEFINE_list(
     "drops",
     ["0.5", "0.75"],
-    "Where in each phase the learning rate is divided by 10, as parts of it.",
+    "Where in each phase steps divides the learning rate by 10, as parts of it.",
 )
 flags.DEFINE_float(
     "momentum", 0.9, "Momentum of sgd, everywhere.", lower_bound=0, upper_bound=1
@@ -184,6 +195,14 @@ flags.register_validator(
 )
 for name in ("temperature", "multiplier"):
     flags.register_validator(name, lambda value: value > 0, "must be > 0")
+flags.register_multi_flags_validator(
+    ["steer", "method", "sparsity"],
+    lambda values: (
+        not values["steer"]
+        or (values["method"] in ("ltp", "halo") and values["sparsity"])
+    ),
+    "--steer leads ltp or halo to a --sparsity above 0: give both",
+)
 
 
 def main(argv):
@@ -221,7 +240,8 @@ def run():
         steps = step_count(data, FLAGS.epochs)
         model = ks.sparsify(model, method(steps), FLAGS.filters)
     phase = f"method {FLAGS.method}"
-    fit(model, data, FLAGS.epochs, phase, trails / "trail", keep="pareto")
+    target = [ks.SparsityTarget(FLAGS.sparsity)] if FLAGS.steer else []
+    fit(model, data, FLAGS.epochs, phase, trails / "trail", "pareto", target)
     sparse = pick(model, trails / "trail")
     if FLAGS.finetune_epochs:
         sparse = ks.sparsify(sparse, ks.KeepZeros)
@@ -297,15 +317,18 @@ def step_count(data, epochs):
     return epochs * math.ceil(data.count / FLAGS.batch_size)
 
 
-def fit(model, data, epochs, phase, trail, keep="none"):
+def fit(model, data, epochs, phase, trail, keep="none", callbacks=()):
     """Compiles and trains `model`; the schedule spans exactly these epochs."""
     if is_chief(model):
         print(f"\n{phase.capitalize()}: {epochs} epochs")
     total, rate = step_count(data, epochs), FLAGS.learning_rate
-    ends = [int(total * float(part)) for part in (*FLAGS.drops, 1)]
-    schedule = keras.optimizers.schedules.PiecewiseConstantDecay(
-        ends, [rate / 10**drops for drops in range(len(ends) + 1)]
-    )
+    schedules = keras.optimizers.schedules
+    if FLAGS.schedule == "cosine":
+        schedule = schedules.CosineDecay(rate, total)
+    else:
+        ends = [int(total * float(part)) for part in (*FLAGS.drops, 1)]
+        rates = [rate / 10**drops for drops in range(len(ends) + 1)]
+        schedule = schedules.PiecewiseConstantDecay(ends, rates)
     optimizers = {
         "sgd": functools.partial(keras.optimizers.SGD, momentum=FLAGS.momentum),
         "adam": keras.optimizers.Adam,
@@ -321,7 +344,7 @@ def fit(model, data, epochs, phase, trail, keep="none"):
         metrics=["accuracy"],
         jit_compile={"true": True, "false": False}.get(FLAGS.jit_compile, "auto"),
     )
-    callbacks = [ks.SparsityTrail(trail, keep=keep, resume=FLAGS.resume)]
+    callbacks = [*callbacks, ks.SparsityTrail(trail, keep=keep, resume=FLAGS.resume)]
     arguments = {
         "epochs": epochs,
         "validation_data": data.validation,
@@ -369,7 +392,7 @@ def method(steps):
 
 def pick(model, trail):
     """The plain sparse model: from the trail, or by a global magnitude prune."""
-    if FLAGS.sparsity is None:
+    if FLAGS.sparsity is None or (FLAGS.steer and FLAGS.method == "ltp"):
         return ks.finalize(model)
     if FLAGS.method == "ltp":
         return ks.Trail(trail).select(min_sparsity=FLAGS.sparsity).load()

@@ -147,6 +147,26 @@ def test_every_method_reaches_the_sparsity(run, tmp_path, method):
     assert zeros(model) >= 0.3 - 1e-4
 
 
+@pytest.mark.parametrize("method", ["ltp", "halo"])
+def test_a_sparsity_is_steered_to(run, tmp_path, method):
+    short = ("--model=lenet_300_100", "--pretrain_epochs=0", "--epochs=12")
+    coefficients = ("--l0=1e-5", "--xi=5e-6", "--psi=1e-2", "--schedule=cosine")
+    run(f"--method={method}", "--sparsity=0.9", "--steer", *short, *coefficients)
+    model = keras.saving.load_model(tmp_path / "sparse.keras")
+    assert zeros(model) == pytest.approx(0.9, abs=0.005)
+    # What steering adds: without it this price leads elsewhere.
+    if method == "ltp":
+        run("--method=ltp", *short, *coefficients)
+        model = keras.saving.load_model(tmp_path / "sparse.keras")
+        assert zeros(model) != pytest.approx(0.9, abs=0.005)
+
+
+def test_steering_needs_a_sparsity(run):
+    for wrong in (["--steer"], ["--steer", "--method=l1", "--sparsity=0.5"]):
+        with pytest.raises(flags.IllegalFlagValueError, match="--steer leads ltp or"):
+            run(*wrong)
+
+
 def test_fine_tuning_keeps_the_zeros(run, tmp_path):
     run("--method=l1", "--model=lenet_300_100", "--epochs=1", "--finetune_epochs=1")
     model = keras.saving.load_model(tmp_path / "sparse.keras")
