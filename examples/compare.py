@@ -111,16 +111,15 @@ def pool(processes):
     os.environ["OMP_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = str(threads)
     if threads == 1:
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
-    return concurrent.futures.ProcessPoolExecutor(
-        processes,
-        mp_context=multiprocessing.get_context("spawn"),
-        max_tasks_per_child=4,  # what was compiled stays in memory
-    )
+    # Without `max_tasks_per_child`, with which Python 3.11 waits for ever.
+    spawn = multiprocessing.get_context("spawn")
+    return concurrent.futures.ProcessPoolExecutor(processes, spawn)
 
 
 def train(job, data_dir):
     """Does one of `jobs()`: its line for the results."""
     began = time.monotonic()
+    keras.utils.clear_session()  # or all that was compiled before stays in memory
     data = load(job["dataset"], data_dir, job["validation_split"])
     method = methods.METHODS[job["method"]]
     fields = [field.name for field in dataclasses.fields(methods.Training)]
