@@ -86,67 +86,78 @@ def table(lines):
     rows.append(["---"] * len(rows[0]))
     for (method, finetune), curve in sorted(best.items()):
         rows.append([method, f"{finetune:.0%}"])
-        for target in targets:
-            points = curve.get(target)
-            rows[-1].append(
-                f"{100 * mean(points):.2f} ± {100 * spread(points):.2f}"
-                if points
-                else ""
-            )
+        rows[-1] += [cell(curve[t], t) if t in curve else "" for t in targets]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
+def cell(points, target):
+    """The accuracy, and the sparsity where it is another than was asked for."""
+    accuracy = f"{100 * mean(points):.2f} ± {100 * spread(points):.2f}"
+    sparsity = mean(points, "sparsity")
+    return accuracy + (f" at {sparsity:.1%}" if abs(sparsity - target) > 1e-3 else "")
+
+
 def plot(lines, path):
-    """Draws accuracy against sparsity, and sparsity per layer at the targets."""
+    """Draws accuracy against sparsity, and what methods leave of each layer."""
     from matplotlib.figure import Figure
 
     best = sorted(chosen(lines).items())
-    methods = sorted({method for (method, _), _ in best})
-    colors = {method: f"C{index}" for index, method in enumerate(methods)}
-    figure = Figure(figsize=(12, 5), layout="constrained")
-    accuracy, layers = figure.subplots(1, 2)
-    for (method, finetune), curve in best:
-        groups = [curve[target] for target in sorted(curve)]
-        accuracy.errorbar(
-            [100 - 100 * mean(points, "sparsity") for points in groups],
-            [100 * mean(points) for points in groups],
-            [100 * spread(points) for points in groups],
-            label=f"{method}, fine-tuned" if finetune else method,
-            color=colors[method],
-            linestyle="-" if finetune else "--",
-            marker="o",
-            markersize=3,
-            capsize=2,
+    figure = Figure(figsize=(15, 5), layout="constrained")
+    *accuracy, layers = figure.subplots(1, 3)
+    colors = {name: f"C{index}" for index, name in enumerate(dict(k for k, _ in best))}
+    targets = sorted({target for _, curve in best for target in curve} - {0.0})
+    bound = max(mean(points) for _, curve in best for points in curve.values())
+    for axes, tuned in zip(accuracy, (False, True), strict=True):
+        for (name, finetune), curve in best:
+            if bool(finetune) == tuned:
+                draw(axes, curve, label=name, color=colors[name])
+        axes.set(
+            xscale="log",
+            xlabel="zeros, %",
+            ylabel="test accuracy, %",
+            ylim=(100 * bound - 8, 100 * bound + 0.5),  # below it has collapsed
+            title="fine-tuned, equal epochs in all" if tuned else "not fine-tuned",
         )
-    top = max(mean(points) for _, curve in best for points in curve.values())
-    accuracy.set(
-        xscale="log",
-        xlabel="weights left, %",
-        ylabel="test accuracy, %",
-        ylim=(100 * top - 12, 100 * top + 0.5),  # collapse is seen well enough
-    )
-    accuracy.invert_xaxis()
-    accuracy.legend(fontsize="small")
+        # The axis is that of the weights left, from right to left.
+        axes.set_xticks([100 - 100 * target for target in targets])
+        axes.set_xticklabels([f"{100 * target:g}" for target in targets])
+        axes.minorticks_off()
+        axes.invert_xaxis()
+        axes.legend(fontsize="small", loc="lower left")
 
     # At the target in the middle, where methods differ in what they spare.
-    for (method, finetune), curve in best:
-        if finetune:
-            continue
+    curves = {k: curve for k, curve in best if not k[1] and {*curve} != {0.0}}
+    for (name, _), curve in curves.items():
         target = sorted(curve)[len(curve) // 2]
-        names = list(curve[target][0]["layers"])
-        parts = [
-            100 - 100 * statistics.mean(p["layers"][name] for p in curve[target])
-            for name in names
+        sparsities = [list(point["layers"].values()) for point in curve[target]]
+        left = [
+            100 - 100 * statistics.mean(seeds)
+            for seeds in zip(*sparsities, strict=True)
         ]
-        layers.plot(parts, label=method, color=colors[method], marker="o", markersize=3)
+        layers.plot(left, label=name, color=colors[name], marker="o", markersize=3)
         layers.set(
             yscale="log",
-            title=f"at {target:.1%}",
+            yticks=[1, 2, 5, 10, 20, 50, 100],
+            title=f"not fine-tuned, {target:.1%} zeros",
             ylabel="weights left in the layer, %",
-            xticks=range(len(names)),
+            xlabel="kernel, from input to output",
+            xticks=range(len(left)) if len(left) < 20 else [],
         )
-        layers.set_xticklabels([name.split("/")[-2] for name in names], rotation=90)
+    layers.yaxis.set_major_formatter("{x:g}")
+    layers.minorticks_off()
+    layers.legend(fontsize="small")
     figure.savefig(path)
+
+
+def draw(axes, curve, **style):
+    """The accuracies of a method, or the one of a dense network as a line across."""
+    groups = [curve[target] for target in sorted(curve)]
+    y, spreads = [[100 * f(p) for p in groups] for f in (mean, spread)]
+    if {*curve} == {0.0}:
+        axes.axhline(y[0], linestyle=":", **style)
+    else:
+        left = [100 - 100 * mean(points, "sparsity") for points in groups]
+        axes.errorbar(left, y, spreads, marker="o", markersize=3, capsize=2, **style)
 
 
 def main(argv):

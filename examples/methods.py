@@ -68,9 +68,8 @@ def masked(target, steps):
     return ks.KeepZeros
 
 
-def learned(target, steps, l0):
-    # Where the steering begins: the fewer weights are left, the more each is worth.
-    return functools.partial(ks.LTP, l0=l0 / (1 - target))
+def learned(target, steps, **settings):
+    return functools.partial(ks.LTP, **settings)
 
 
 class GlobalMagnitude(keras.callbacks.Callback):
@@ -128,6 +127,7 @@ METHODS = {
         {"xi": 1e-7, "psi": 2e-4},
         {"xi": 1e-7, "psi": 5e-4},
         {"xi": 1e-7, "psi": 1e-3},
+        {"xi": 1e-7, "psi": 2e-3},
         multiplier=4.0,
     ),
     "gradual": Method(gradual, pretrain=0.5, targets=True, steady=True),
@@ -140,7 +140,7 @@ METHODS = {
     ),
     "ltp": Method(
         learned,
-        settings=({"l0": 1e-7},),
+        settings=({"l0": 1e-6},),
         pretrain=0.5,
         targets=True,
         steady=True,
