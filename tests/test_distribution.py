@@ -281,17 +281,47 @@ def test_launcher_trains(tmp_path):
     assert (tmp_path / "sparse.keras").exists()
 
 
-@on_tensorflow
-def test_launcher_ends_all_when_one_fails(tmp_path):
-    launcher = launch("--workers=2", "--", "--epochs=500", f"--output={tmp_path}")
-    children = f"/proc/{launcher.pid}/task/{launcher.pid}/children"
+def wait_until(condition):
     deadline = time.monotonic() + 60
-    while len(pids := pathlib.Path(children).read_text().split()) < 2:
+    while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    os.kill(int(pids[1]), signal.SIGKILL)
+    return value
+
+
+def is_running(process):
+    try:
+        return (process / "cmdline").read_bytes() != b""  # a zombie has none
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """A launcher, and the paths of its two workers in `/proc`."""
+    silent = ("--pretrain_epochs=500", "--verbose=0", f"--output={tmp_path}")
+    with launch("--workers=2", "--", *silent) as launcher:
+        children = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        wait_until(lambda: len(children.read_text().split()) == 2)
+        ids = children.read_text().split()
+        yield launcher, [pathlib.Path("/proc", each) for each in ids]
+        launcher.kill()
+
+
+@on_tensorflow
+def test_launcher_ends_all_when_one_fails(launched):
+    launcher, workers = launched
+    os.kill(int(workers[1].name), signal.SIGKILL)
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL
     assert "Worker 1 ended with code -9: all are ended." in output
-    for pid in pids:
-        assert not pathlib.Path(f"/proc/{pid}").exists()
+    assert not any(is_running(worker) for worker in workers)
+
+
+@on_tensorflow
+def test_workers_end_with_a_launcher_that_is_killed(launched):
+    launcher, workers = launched
+    assert any("Dense training" in line for line in launcher.stdout)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not any(is_running(worker) for worker in workers))
