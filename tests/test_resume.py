@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
+import sys
 import time
 
 import keras
@@ -36,7 +38,9 @@ def _policy_restored():
     keras.config.set_dtype_policy("float32")
 
 
-def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
+def train(
+    directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd", keep="pareto"
+):
     """The same command each time: everything follows from the seed."""
     keras.utils.set_random_seed(0)
     method, _, policy = method.partition(", ")
@@ -65,7 +69,7 @@ def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    trail = ks.SparsityTrail(directory, monitor="val_accuracy", resume=True)
+    trail = ks.SparsityTrail(directory, keep=keep, resume=True)
     history = model.fit(
         X,
         Y,
@@ -275,33 +279,39 @@ def test_killed_at_random_moments(tmp_path):
     assert files(cut) == files(tmp_path / "whole")
 
 
-def train_on_a_full_disk(directory, errors):
+def train_on_a_full_disk(directory, name, errors):
+    def fill(event, args):
+        # From here on no file may grow beyond what the disk still takes.
+        if event == "open" and pathlib.Path(str(args[0])).name == name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+
     class Fill(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 2:  # no file may grow beyond what a disk still takes
-                resource.setrlimit(
-                    resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)
-                )
+            if epoch == 2:
+                sys.addaudithook(fill)
 
     try:
-        train(directory, callbacks=[Fill()])
+        train(directory, callbacks=[Fill()], keep="all")
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         errors.put(str(error))
 
 
-def test_full_disk(wholes, tmp_path):
-    _, whole = wholes()
+@pytest.mark.parametrize("name", ["epoch-0003.keras", "state.npz", "trail.jsonl"])
+def test_full_disk(wholes, tmp_path, name):
+    expected, whole = wholes()
     errors = PROCESSES.SimpleQueue()
-    assert run(train_on_a_full_disk, tmp_path / "cut", errors) == 0
+    assert run(train_on_a_full_disk, tmp_path, name, errors) == 0
     error = errors.get()
-    assert "could not be written; what was written before is intact" in error
-    assert str(tmp_path) in error
-    assert record(tmp_path / "cut") == record(whole)[:3]
-    assert not list((tmp_path / "cut").glob("unfinished*"))
+    assert f"'{tmp_path / name}' could not be written; what was written" in error
+    assert record(tmp_path) == record(whole)[:3]
+    assert not list(tmp_path.glob("unfinished*"))
+    for point in ks.Trail(tmp_path).points:
+        assert np.isfinite(point.load().predict(X, verbose=0)).all()
 
-    train(tmp_path / "cut")  # there is room again
-    assert record(tmp_path / "cut") == record(whole)
+    model, _ = train(tmp_path, keep="all")  # there is room again
+    assert_same(values(model), expected)
+    assert record(tmp_path) == record(whole)
 
 
 @pytest.mark.parametrize("other", [{"method": "HALO"}, {"optimizer": "adam"}])
