@@ -57,7 +57,8 @@ class SparsityTarget(keras.callbacks.Callback):
 
     Raises:
         ValueError: If `sparsity` is out of its range; at the start of training, if
-            nothing in the model can be steered.
+            nothing in the model can be steered; at the end of an epoch whose number of
+            batches was not known, if a `SparsityTrail` stands before.
 
     Example:
 

@@ -140,9 +140,10 @@ class SparsityTrail(keras.callbacks.Callback):
             self._claim_directory(counted_weights(self.model))
             if self.keep != "none":
                 finalize(self.model)  # raises now what it would after an epoch
-        # As `BackupAndRestore` does: nothing public tells `fit` where to begin. At the
-        # end, since a training that is refused must not change where the next begins.
-        self.model._initial_epoch = next_epoch
+        if next_epoch is not None:
+            # As `BackupAndRestore` does: nothing public tells `fit` where to begin. At
+            # the end: a training that is refused must not change where the next begins.
+            self.model._initial_epoch = next_epoch
 
     def _try_directory(self):
         try:

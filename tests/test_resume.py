@@ -380,7 +380,7 @@ def test_damaged_state_is_refused(finished):
         train(finished)
 
 
-def train_with_backup(directory, method, die):
+def train_with_backup(directory, method, die, *others):
     keras.utils.set_random_seed(0)
     if method == "HALO of the layers":
         dense = [layers.Dense(n, kernel_regularizer=ks.HALO()) for n in (8, 3)]
@@ -393,7 +393,7 @@ def train_with_backup(directory, method, die):
     model.compile(optimizer, "mse")
     targets = np.eye(3, dtype="float32")[Y]
     backup = keras.callbacks.BackupAndRestore(directory, delete_checkpoint=False)
-    callbacks = [backup, KillAt(2, 1)] if die else [backup]
+    callbacks = [backup, *others, *([KillAt(2, 1)] if die else [])]
     model.fit(X, targets, 16, 4, 0, callbacks, shuffle=False)
     return model
 
@@ -406,3 +406,10 @@ def test_restart_under_backup_and_restore(tmp_path, method):
     model = train_with_backup(tmp_path / "cut", method, die=False)
     assert_same(values(model), values(expected))
     shutil.rmtree(tmp_path)
+
+
+def test_a_trail_leaves_backup_and_restore_alone(tmp_path):
+    assert run(train_with_backup, tmp_path, "LTP", True) == -signal.SIGKILL
+    trail = ks.SparsityTrail(tmp_path / "trail", "loss")
+    model = train_with_backup(tmp_path, "LTP", False, trail)
+    assert model.history.epoch == [2, 3]
