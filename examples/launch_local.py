@@ -3,9 +3,10 @@
     python examples/launch_local.py --workers=2 -- --method=halo --epochs=10
 
 What stands after `--` goes to each of them, `--strategy=multi_worker` is added. Their
-output is passed on, every line with the number of its worker. When one fails, or on
-Ctrl-C, all are ended. It is meant for a machine without GPUs: a worker takes all that
-it sees, and `--strategy=mirrored` uses those of one machine better.
+output is passed on, every line with the number of its worker. When one fails, or this
+process ends, even by SIGKILL, all are ended. It is meant for a machine without GPUs: a
+worker takes all that it sees, and `--strategy=mirrored` uses those of one machine
+better.
 
 On several machines start `train.py --strategy=multi_worker` on each of them, with the
 same flags and a `TF_CONFIG` that differs in its index, as `worker_config` makes it.
@@ -26,12 +27,27 @@ from absl import app, flags
 
 FLAGS = flags.FLAGS
 
+# What a worker runs. Whatever ends this process, SIGKILL too, closes the pipe that the
+# worker's standard input is, and by that ends the worker.
+WORKER = """
+import os, pathlib, runpy, sys, threading
+
+def end_with_launcher():
+    os.read(0, 1)
+    os._exit(1)
+
+threading.Thread(target=end_with_launcher, daemon=True).start()
+del sys.argv[0]
+sys.path[0] = str(pathlib.Path(sys.argv[0]).parent)
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
 flags.DEFINE_integer("workers", 2, "Number of processes.", lower_bound=1)
 
 
 def main(argv):
     train = pathlib.Path(__file__).with_name("train.py")
-    command = [sys.executable, str(train), "--strategy=multi_worker", *argv[1:]]
+    command = [sys.executable, "-c", WORKER, str(train), "--strategy=multi_worker"]
     addresses = free_addresses(FLAGS.workers)
     workers = []
     # A request to end this process must reach the workers too.
@@ -43,7 +59,8 @@ def main(argv):
                 "TF_CONFIG": worker_config(addresses, index),
             }
             worker = subprocess.Popen(
-                command,
+                [*command, *argv[1:]],
+                stdin=subprocess.PIPE,
                 env=environment,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.STDOUT,

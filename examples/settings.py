@@ -9,14 +9,14 @@ from keras_sparsity.files import written_whole
 from keras_sparsity.replicas import all_workers_have, is_chief
 
 # Where things are, what is shown, and how the same is computed. All other flags decide
-# what comes out; `--epochs` too, since the learning rate is divided at parts of them.
+# what comes out: `--epochs`, since the learning rate is divided at parts of them, and
+# `--strategy`, by which images are left out and batch statistics are gathered.
 FREE = {
     "output",
     "resume",
     "data_dir",
     "download",
-    "strategy",
-    "virtual_devices",
+    "virtual_devices",  # their number is compared, of whatever kind they are
     "jit_compile",
     "verbose",
     "curve",
@@ -31,7 +31,7 @@ def claim(directory, settings, model, resume):
 
     Args:
         directory: Path of the directory of the trails.
-        settings: Dict of all flags.
+        settings: Dict of all flags, and of what else decides.
         model: A model, by which the workers know each other.
         resume: Whether to go on with a training that is there.
     """

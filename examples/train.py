@@ -231,7 +231,9 @@ def run():
         output = pathlib.Path(scratch.name)
     output.mkdir(parents=True, exist_ok=True)
     if together:
-        settings.claim(trails, flag_values(), model, FLAGS.resume)
+        shares = devices.shares(FLAGS.batch_size)
+        decided = flag_values() | {"devices": shares}
+        settings.claim(trails, decided, model, FLAGS.resume)
 
     if FLAGS.pretrain_epochs:
         fit(model, data, FLAGS.pretrain_epochs, "dense training", trails / "dense")

@@ -1,6 +1,7 @@
 """Files that are put in place whole, or not at all, and small ones."""
 
 import contextlib
+import errno
 import os
 import pathlib
 import shutil
@@ -41,6 +42,33 @@ def remove_unfinished(directory):
     """Removes what `written_whole` has left in `directory` when it was killed."""
     for folder in directory.glob(f"{_UNFINISHED}*/"):
         shutil.rmtree(folder)
+
+
+def lock(path):
+    """Makes this process the only one that holds `path`, until it ends or lets go.
+
+    The system frees the lock of a process that is killed. It is not one of `flock`,
+    which child processes would inherit and hold on to. It is without effect on Windows,
+    and where a file system has no locks.
+
+    Returns:
+        What `os.close` takes to let go.
+
+    Raises:
+        BlockingIOError: If another process holds it.
+    """
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        import fcntl
+
+        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except ImportError:
+        pass
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            os.close(descriptor)
+            raise BlockingIOError("another process is writing to it") from error
+    return descriptor
 
 
 def read_archive(file):

@@ -29,13 +29,12 @@ def is_chief(model):
 
 
 def all_workers_have(model, number):
-    """Waits for the other workers of `model`: whether their `number` is this one's."""
+    """Waits for the other workers of `model`: whether each `number` is this one's."""
     if _cluster(model) is None:
         return True
     strategy = model.distribute_strategy
-    numbers = strategy.run(lambda: ops.convert_to_tensor(float(number)))
-    total = strategy.reduce("SUM", numbers, axis=None)
-    return float(total) == number * strategy.num_replicas_in_sync
+    numbers = strategy.run(lambda: ops.convert_to_tensor([float(number)]))
+    return bool(ops.all(strategy.gather(numbers, axis=0) == number))
 
 
 def _cluster(model):

@@ -57,7 +57,8 @@ class SparsityTarget(keras.callbacks.Callback):
 
     Raises:
         ValueError: If `sparsity` is out of its range; at the start of training, if
-            nothing in the model can be steered.
+            nothing in the model can be steered; at the end of an epoch whose number of
+            batches was not known, if a `SparsityTrail` stands before.
 
     Example:
 
@@ -94,7 +95,6 @@ class SparsityTarget(keras.callbacks.Callback):
     def on_epoch_begin(self, epoch, logs=None):
         self._epoch, self._looks = epoch, 0
         if self._left is None:
-            self._has_begun = False
             self._left = self._log_left()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -107,21 +107,30 @@ class SparsityTarget(keras.callbacks.Callback):
             self._steer(self._epoch + looks / _LOOKS, _LOOKS)
 
     def on_epoch_end(self, epoch, logs=None):
-        if not self._looks:
-            self._steer(epoch + 1, 1)
+        if self._looks:
+            return
+        if "sparsity" in logs:
+            raise ValueError(
+                "`SparsityTarget` must be given before `SparsityTrail` where the "
+                "number of batches is not known: it steers at the end of an epoch "
+                "then, and a trail keeps what it finds. Received: the other order."
+            )
+        self._steer(epoch + 1, 1)
 
     def _steer(self, epochs, looks_per_epoch):
         """Changes the strengths, `epochs` after the start of the training."""
         progress = epochs / self.params["epochs"]
         last, self._left = self._left, self._log_left()
-        if not self._has_begun and progress < 0.5:
+        strength = float(keras.ops.convert_to_numpy(self._governors[0].strength))
+        # A strength that was changed tells, after a restart too, that it had begun.
+        begun = strength != 1 or self._left <= math.log(1 - _BEGUN * self.sparsity)
+        if not begun and progress < 0.5:
             return
         remaining = max(_APPROACH - progress, _CORRECTION)
         looks = max(1.0, remaining * self.params["epochs"] * looks_per_epoch)
         needed = (self._left - math.log(1 - self.sparsity)) / looks
         rate = last - self._left
         change = (needed - rate) / (abs(needed) + abs(rate) + _STILL)
-        strength = float(keras.ops.convert_to_numpy(self._governors[0].strength))
         strength *= math.exp(_CHANGE * change)
         for governor in self._governors:
             low, high = governor.strength_range
@@ -133,5 +142,4 @@ class SparsityTarget(keras.callbacks.Callback):
         """The logarithm of the part of the weights that is left."""
         counts = [governor.count_pruned() for governor in self._governors]
         pruned, size = (sum(column) for column in zip(*counts, strict=True))
-        self._has_begun |= pruned >= _BEGUN * self.sparsity * size
         return math.log(max(size - pruned, 1) / size)

@@ -3,6 +3,7 @@
 import itertools
 import json
 import numbers
+import os
 import pathlib
 import re
 import tempfile
@@ -14,7 +15,7 @@ import keras
 import numpy as np
 
 from keras_sparsity.counting import NEAR_ZERO, count_zeros, counted_weights, finite
-from keras_sparsity.files import remove_unfinished, written_whole
+from keras_sparsity.files import lock, remove_unfinished, written_whole
 from keras_sparsity.record import FORMAT, pareto_front, read_lines, read_points
 from keras_sparsity.replicas import all_workers_have, is_chief
 from keras_sparsity.state import restore_training_state, training_state
@@ -72,8 +73,9 @@ class SparsityTrail(keras.callbacks.Callback):
             the directory holds the trail of another model, optimizer or metric, or
             with `resume=True` one without a state; at the end of an epoch, if `monitor`
             is not among the metrics.
-        OSError: If the directory cannot be written: at the start of training, or, if
-            the disk is full, at the end of an epoch. What it held is intact.
+        OSError: If the directory cannot be written: at the start of training, as when
+            another process trains with it, or, if the disk is full, at the end of an
+            epoch. What it held is intact.
 
     Example:
 
@@ -123,8 +125,7 @@ class SparsityTrail(keras.callbacks.Callback):
         record = self.directory / "trail.jsonl"
         lines: list[Any] = read_lines(record) if record.exists() else [None]
         self._header, self._records = lines[0], lines[1:]
-        if self.resume:
-            self._resume()
+        next_epoch = self._resume() if self.resume else None
         if not all_workers_have(self.model, len(self._records)):
             raise ValueError(
                 "Argument `directory` must be one that all workers see. Received: "
@@ -139,11 +140,16 @@ class SparsityTrail(keras.callbacks.Callback):
             self._claim_directory(counted_weights(self.model))
             if self.keep != "none":
                 finalize(self.model)  # raises now what it would after an epoch
+        if next_epoch is not None:
+            # As `BackupAndRestore` does: nothing public tells `fit` where to begin. At
+            # the end: a training that is refused must not change where the next begins.
+            self.model._initial_epoch = next_epoch
 
     def _try_directory(self):
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryDirectory(dir=self.directory).cleanup()
+            self._lock = lock(self.directory / ".lock")
             remove_unfinished(self.directory)  # what a killed run was writing
         except OSError as error:
             raise OSError(
@@ -152,7 +158,7 @@ class SparsityTrail(keras.callbacks.Callback):
             ) from error
 
     def _resume(self):
-        """Goes on from the state in the directory, if there is one."""
+        """Goes on from the state in the directory, if there is one: at which epoch."""
         if not self.model.built:
             raise ValueError(
                 "A model must be built before its training can be resumed: give it a "
@@ -166,7 +172,7 @@ class SparsityTrail(keras.callbacks.Callback):
                     f"to resume. Received: directory='{self.directory}', a trail that "
                     "was recorded without `resume=True`."
                 )
-            return
+            return None
         _ = self.model.losses
         try:
             with path.open("rb") as file, np.load(file) as arrays:
@@ -191,10 +197,9 @@ class SparsityTrail(keras.callbacks.Callback):
                 "Argument `directory` must be new or hold the training of this model "
                 f"and optimizer. Received: directory='{self.directory}'. {error}"
             ) from error
-        # As `BackupAndRestore` does: nothing public tells `fit` where to begin.
-        self.model._initial_epoch = int(state["epoch"])
         if is_chief(self.model):
             self._write_record()
+        return int(state["epoch"])
 
     def on_epoch_begin(self, epoch, logs=None):
         self.model._initial_epoch = None  # or the next `fit` would begin there too
@@ -203,6 +208,8 @@ class SparsityTrail(keras.callbacks.Callback):
         self.model._initial_epoch = None
         # What the chief has written is there for all when `fit` returns.
         all_workers_have(self.model, len(self._records))
+        if is_chief(self.model):
+            os.close(self._lock)
 
     def on_epoch_end(self, epoch, logs=None):
         metrics = {k: float(v) for k, v in logs.items() if isinstance(v, numbers.Real)}

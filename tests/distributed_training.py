@@ -117,20 +117,22 @@ def train(way, scope, case, trail, kill):
             jit_compile=True if way == "compiled" else "auto",
         )
     callbacks = []
+    if "target" in features:
+        callbacks.append(ks.SparsityTarget(0.5))
     if trail:
         callbacks.append(ks.SparsityTrail(trail, resume=True))
     if kill:
         callbacks.append(Kill())
     # TensorFlow 2.21 may crash when it evaluates under a strategy of one device, with a
-    # plain Keras model too.
-    evaluates = way not in ("strategy", "compiled")
+    # plain Keras model too: with a trail only, in a process of its own.
+    evaluates = trail or way not in ("strategy", "compiled")
     history = model.fit(
         x,
         y,
         batch_size=16,
         epochs=3,
         shuffle=False,
-        validation_data=(x, y) if evaluates else None,
+        validation_data=(x, y) if trail else None,
         callbacks=callbacks,
         verbose=0,
     )

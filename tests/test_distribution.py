@@ -22,6 +22,7 @@ sys.path.insert(0, str(EXAMPLES))
 import launch_local  # noqa: E402
 
 BACKEND = keras.backend.backend()
+ON_TENSORFLOW = BACKEND == "tensorflow"
 METHODS = [
     "LTP",
     "LTP absolute",
@@ -29,9 +30,11 @@ METHODS = [
     "MagnitudePruning",
     "KeepZeros",
     "LTP, batch norm",
+    "LTP, target",
 ]
 DROPOUT = "LTP, batch norm, dropout"
-COMPILED = ["LTP, batch norm", "HALO", "MagnitudePruning"]
+DROPOUTS = [DROPOUT, "HALO, dropout", "MagnitudePruning, dropout"]
+ON_ONE_DEVICE = ["LTP, batch norm", "HALO", "MagnitudePruning"]
 # With their tolerances: batches are summed in parts, each of which is rounded.
 MIXED = {
     "LTP, mixed_bfloat16": 2e-2,
@@ -39,7 +42,7 @@ MIXED = {
     "HALO, mixed_float16": 1e-2,
 }
 on_tensorflow = pytest.mark.skipif(
-    BACKEND != "tensorflow", reason="`tf.distribute` is TensorFlow's"
+    not ON_TENSORFLOW, reason="`tf.distribute` is TensorFlow's"
 )
 on_several = pytest.mark.skipif(
     BACKEND == "torch", reason="Keras has no distribution for torch"
@@ -79,24 +82,24 @@ def load(path):
 def folder(tmp_path_factory):
     """Every way to train, of all the methods: the results, and some trails."""
     folder = tmp_path_factory.mktemp("results")
-    finish(start(cases={"one": [*METHODS, *MIXED]}, output=folder))
+    cases = {"one": [*METHODS, *MIXED], "two": [*METHODS, *MIXED, *DROPOUTS]}
     trails = {("two", DROPOUT): folder / "trail of two"}
-    cases = {"two": [*METHODS, *MIXED, DROPOUT]}
-    finish(start(cases=cases, output=folder, trails=trails))
-    if BACKEND == "tensorflow":
-        cases = {"strategy": METHODS, "compiled": COMPILED}
-        finish(start(cases=cases, output=folder))
-        finish(*start_workers(*(worker_of(folder, index) for index in range(2))))
+    processes = []
+    if ON_TENSORFLOW:
+        cases |= {"strategy": ON_ONE_DEVICE, "compiled": ON_ONE_DEVICE}
+        processes += start_workers(*(worker_of(folder, index) for index in range(2)))
+    processes.append(start(cases=cases, output=folder, trails=trails))
+    finish(*processes)
     return folder
 
 
 def worker_of(folder, index):
     return {
-        "cases": {"worker": [*METHODS, DROPOUT]},
+        "cases": {"worker": [*METHODS, *MIXED, *DROPOUTS]},
         "output": folder / f"{index}",
         "trails": {
             ("worker", DROPOUT): folder / "trail of workers",
-            ("worker", "HALO"): folder / f"trail of worker {index}",
+            ("worker", "HALO, dropout"): folder / f"trail of worker {index}",
         },
     }
 
@@ -124,15 +127,23 @@ def test_two_devices_equal_one(results, case):
 
 
 @on_several
+def test_target_steers_on_two_devices(results):
+    name = re.compile("LTP, target/weight/.*ltp_strength")
+    strengths = [value for n, value in results["two"].items() if name.match(n)]
+    assert len(strengths) == 2 and all(value != 1 for value in strengths)
+
+
+@on_several
 @pytest.mark.parametrize("case", MIXED)
-def test_two_devices_equal_one_in_mixed_precision(results, case):
+@pytest.mark.parametrize("way", ["two", "0/worker"] if ON_TENSORFLOW else ["two"])
+def test_several_equal_one_device_in_mixed_precision(results, way, case):
     names = [
         n for n in results["one"] if re.match(f"{case}/(weight|history/.*loss)", n)
     ]
     assert len(names) > 5
     for name in names:
         np.testing.assert_allclose(
-            results["two"][name],
+            results[way][name],
             results["one"][name],
             rtol=0,
             atol=MIXED[case],
@@ -141,31 +152,48 @@ def test_two_devices_equal_one_in_mixed_precision(results, case):
 
 
 @on_several
-@pytest.mark.parametrize("case", [*METHODS, DROPOUT, *MIXED])
+@pytest.mark.parametrize("case", [*METHODS, *DROPOUTS, *MIXED])
 def test_all_devices_agree(results, case):
     assert results["two"][f"{case}/replicas differ by"] == 0
     assert np.isfinite(results["two"][f"{case}/history/loss"]).all()
 
 
 @on_tensorflow
-@pytest.mark.parametrize("case", METHODS)
+@pytest.mark.parametrize("case", ON_ONE_DEVICE)
 def test_one_device_strategy(results, case):
     assert_equal(results["strategy"], results["one"], case, tolerance=1e-7)
 
 
 @on_tensorflow
-@pytest.mark.parametrize("case", COMPILED)
+def test_one_device_strategy_with_a_trail(results, tmp_path):
+    trails = {("strategy", "HALO"): tmp_path / "trail"}
+    finish(start(cases={"strategy": ["HALO"]}, output=tmp_path, trails=trails))
+    received = load(tmp_path / "strategy.npz")
+    *_, last = ks.Trail(tmp_path / "trail").points
+    loss, accuracy = received["HALO/evaluate"]
+    assert (last.epoch, last.metrics["val_loss"]) == (3, pytest.approx(loss))
+    assert last.metric == pytest.approx(accuracy)
+    expected = results["one"] | {n: received[n] for n in received if "history/val" in n}
+    assert_equal(received, expected, "HALO", tolerance=1e-6)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("case", ON_ONE_DEVICE)
 def test_one_device_strategy_with_xla(results, case):
     assert_equal(results["compiled"], results["one"], case)
 
 
 @on_tensorflow
-@pytest.mark.parametrize("case", [*METHODS, DROPOUT])
+@pytest.mark.parametrize("case", METHODS)
 def test_two_workers_equal_one_device(results, case):
-    # Every replica drops out by itself: the number of them shows.
-    if case != DROPOUT:
-        assert_equal(results["0/worker"], results["one"], case)
+    assert_equal(results["0/worker"], results["one"], case)
+
+
+@on_tensorflow
+@pytest.mark.parametrize("case", [*METHODS, *DROPOUTS, *MIXED])
+def test_workers_agree(results, case):
     assert_equal(results["1/worker"], results["0/worker"], case, tolerance=0)
+    assert np.isfinite(results["0/worker"][f"{case}/history/loss"]).all()
 
 
 @on_tensorflow
@@ -181,7 +209,7 @@ def test_workers_with_two_devices_each_equal_one_device(results, tmp_path):
 
 
 @on_several
-@pytest.mark.parametrize("case", [*METHODS, DROPOUT])
+@pytest.mark.parametrize("case", [*METHODS, *DROPOUTS])
 def test_finalized_models_predict_the_same(results, case):
     predicted = results["two"][f"{case}/predict"]
     assert predicted.shape == (36, 3)
@@ -281,17 +309,47 @@ def test_launcher_trains(tmp_path):
     assert (tmp_path / "sparse.keras").exists()
 
 
-@on_tensorflow
-def test_launcher_ends_all_when_one_fails(tmp_path):
-    launcher = launch("--workers=2", "--", "--epochs=500", f"--output={tmp_path}")
-    children = f"/proc/{launcher.pid}/task/{launcher.pid}/children"
+def wait_until(condition):
     deadline = time.monotonic() + 60
-    while len(pids := pathlib.Path(children).read_text().split()) < 2:
+    while not (value := condition()):
         assert time.monotonic() < deadline
         time.sleep(0.1)
-    os.kill(int(pids[1]), signal.SIGKILL)
+    return value
+
+
+def is_running(process):
+    try:
+        return (process / "cmdline").read_bytes() != b""  # a zombie has none
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+
+
+@pytest.fixture
+def launched(tmp_path):
+    """A launcher, and the paths of its two workers in `/proc`."""
+    silent = ("--pretrain_epochs=500", "--verbose=0", f"--output={tmp_path}")
+    with launch("--workers=2", "--", *silent) as launcher:
+        children = pathlib.Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children")
+        wait_until(lambda: len(children.read_text().split()) == 2)
+        ids = children.read_text().split()
+        yield launcher, [pathlib.Path("/proc", each) for each in ids]
+        launcher.kill()
+
+
+@on_tensorflow
+def test_launcher_ends_all_when_one_fails(launched):
+    launcher, workers = launched
+    os.kill(int(workers[1].name), signal.SIGKILL)
     output, _ = launcher.communicate(timeout=60)
     assert launcher.returncode == 128 + signal.SIGKILL
     assert "Worker 1 ended with code -9: all are ended." in output
-    for pid in pids:
-        assert not pathlib.Path(f"/proc/{pid}").exists()
+    assert not any(is_running(worker) for worker in workers)
+
+
+@on_tensorflow
+def test_workers_end_with_a_launcher_that_is_killed(launched):
+    launcher, workers = launched
+    assert any("Dense training" in line for line in launcher.stdout)
+    launcher.kill()
+    launcher.wait()
+    wait_until(lambda: not any(is_running(worker) for worker in workers))

@@ -180,6 +180,9 @@ def test_other_settings_than_those_of_the_run_to_resume_are_refused(run, tmp_pat
         run(*quick, "--seed=1")
     with pytest.raises(app.UsageError, match="epochs=1 there, epochs=2 here"):
         run(*quick, "--epochs=2")
+    if keras.backend.backend() == "tensorflow":  # which has one device here
+        with pytest.raises(app.UsageError, match="strategy=none there, strategy=mir"):
+            run(*quick, "--strategy=mirrored")
     # The same training, shown otherwise: it is not repeated.
     again = run(*quick, "--curve=0.5", "--verbose=2")
     assert again["sparse"] == first["sparse"]
@@ -190,6 +193,8 @@ def test_a_directory_is_that_of_one_training(tmp_path):
     model = models.build("lenet_300_100", (8, 8, 1), 10)
     settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
     settings.claim(tmp_path, {"seed": 0, "verbose": "2"}, model, resume=True)
+    with pytest.raises(app.UsageError, match="devices=None there, devices=2 here"):
+        settings.claim(tmp_path, {"seed": 0, "devices": 2}, model, resume=True)
     with pytest.raises(app.UsageError, match="holds a training already"):
         settings.claim(tmp_path, {"seed": 0, "verbose": "1"}, model, resume=False)
     (tmp_path / "settings.json").write_text('{"KERAS_BACKEND": "theano", "seed": 0}')

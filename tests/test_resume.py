@@ -3,9 +3,11 @@
 import functools
 import json
 import os
+import pathlib
 import resource
 import shutil
 import signal
+import sys
 import time
 
 import keras
@@ -36,7 +38,9 @@ def _policy_restored():
     keras.config.set_dtype_policy("float32")
 
 
-def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
+def train(
+    directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd", keep="pareto"
+):
     """The same command each time: everything follows from the seed."""
     keras.utils.set_random_seed(0)
     method, _, policy = method.partition(", ")
@@ -65,7 +69,7 @@ def train(directory, method="LTP", epochs=4, callbacks=(), optimizer="sgd"):
         keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         metrics=["accuracy"],
     )
-    trail = ks.SparsityTrail(directory, monitor="val_accuracy", resume=True)
+    trail = ks.SparsityTrail(directory, keep=keep, resume=True)
     history = model.fit(
         X,
         Y,
@@ -112,7 +116,7 @@ def record(directory):
 
 
 def files(directory):
-    return sorted(path.name for path in directory.iterdir())
+    return sorted(path.name for path in directory.glob("[!.]*"))
 
 
 def assert_same(received, expected):
@@ -275,33 +279,39 @@ def test_killed_at_random_moments(tmp_path):
     assert files(cut) == files(tmp_path / "whole")
 
 
-def train_on_a_full_disk(directory, errors):
+def train_on_a_full_disk(directory, name, errors):
+    def fill(event, args):
+        # From here on no file may grow beyond what the disk still takes.
+        if event == "open" and pathlib.Path(str(args[0])).name == name:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (500, resource.RLIM_INFINITY))
+
     class Fill(keras.callbacks.Callback):
         def on_epoch_begin(self, epoch, logs=None):
-            if epoch == 2:  # no file may grow beyond what a disk still takes
-                resource.setrlimit(
-                    resource.RLIMIT_FSIZE, (2000, resource.RLIM_INFINITY)
-                )
+            if epoch == 2:
+                sys.addaudithook(fill)
 
     try:
-        train(directory, callbacks=[Fill()])
+        train(directory, callbacks=[Fill()], keep="all")
     except OSError as error:
         resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
         errors.put(str(error))
 
 
-def test_full_disk(wholes, tmp_path):
-    _, whole = wholes()
+@pytest.mark.parametrize("name", ["epoch-0003.keras", "state.npz", "trail.jsonl"])
+def test_full_disk(wholes, tmp_path, name):
+    expected, whole = wholes()
     errors = PROCESSES.SimpleQueue()
-    assert run(train_on_a_full_disk, tmp_path / "cut", errors) == 0
+    assert run(train_on_a_full_disk, tmp_path, name, errors) == 0
     error = errors.get()
-    assert "could not be written; what was written before is intact" in error
-    assert str(tmp_path) in error
-    assert record(tmp_path / "cut") == record(whole)[:3]
-    assert not list((tmp_path / "cut").glob("unfinished*"))
+    assert f"'{tmp_path / name}' could not be written; what was written" in error
+    assert record(tmp_path) == record(whole)[:3]
+    assert not list(tmp_path.glob("unfinished*"))
+    for point in ks.Trail(tmp_path).points:
+        assert np.isfinite(point.load().predict(X, verbose=0)).all()
 
-    train(tmp_path / "cut")  # there is room again
-    assert record(tmp_path / "cut") == record(whole)
+    model, _ = train(tmp_path, keep="all")  # there is room again
+    assert_same(values(model), expected)
+    assert record(tmp_path) == record(whole)
 
 
 @pytest.mark.parametrize("other", [{"method": "HALO"}, {"optimizer": "adam"}])
@@ -326,6 +336,43 @@ def test_records_without_a_state_are_not_lost(finished):
     assert len(record(finished)) == 6
 
 
+def test_a_training_that_is_refused_leaves_the_model_alone(finished):
+    (finished / "trail.jsonl").unlink()
+    (finished / "trail.jsonl").symlink_to(finished / "nowhere" / "trail.jsonl")
+    callback = keras.callbacks.Callback()
+    with pytest.raises(OSError, match="could not be written"):
+        train(finished, callbacks=[callback])
+    callback.model.fit(X, Y, epochs=1, verbose=0)
+    assert callback.model.history.epoch == [0]
+
+
+def train_and_wait(directory, is_on):
+    def wait(epoch, logs):
+        if epoch == 2:
+            is_on.set()
+            time.sleep(600)
+
+    callback = keras.callbacks.LambdaCallback(on_epoch_begin=wait)
+    train(directory, callbacks=[callback])
+
+
+def test_one_process_at_a_time(wholes, tmp_path):
+    expected, whole = wholes()
+    is_on = PROCESSES.Event()
+    process = PROCESSES.Process(target=train_and_wait, args=(tmp_path, is_on))
+    process.start()
+    assert is_on.wait(120)
+    with pytest.raises(OSError, match="another process is writing to it"):
+        train(tmp_path)
+    assert len(ks.Trail(tmp_path).points) == 2
+    assert process.is_alive()
+    process.kill()
+    process.join()
+    model, _ = train(tmp_path)  # the lock has gone with its process
+    assert_same(values(model), expected)
+    assert record(tmp_path) == record(whole)
+
+
 def test_damaged_state_is_refused(finished):
     state = finished / "state.npz"
     state.write_bytes(state.read_bytes()[:-100])
@@ -333,7 +380,7 @@ def test_damaged_state_is_refused(finished):
         train(finished)
 
 
-def train_with_backup(directory, method, die):
+def train_with_backup(directory, method, die, *others):
     keras.utils.set_random_seed(0)
     if method == "HALO of the layers":
         dense = [layers.Dense(n, kernel_regularizer=ks.HALO()) for n in (8, 3)]
@@ -346,7 +393,7 @@ def train_with_backup(directory, method, die):
     model.compile(optimizer, "mse")
     targets = np.eye(3, dtype="float32")[Y]
     backup = keras.callbacks.BackupAndRestore(directory, delete_checkpoint=False)
-    callbacks = [backup, KillAt(2, 1)] if die else [backup]
+    callbacks = [backup, *others, *([KillAt(2, 1)] if die else [])]
     model.fit(X, targets, 16, 4, 0, callbacks, shuffle=False)
     return model
 
@@ -359,3 +406,10 @@ def test_restart_under_backup_and_restore(tmp_path, method):
     model = train_with_backup(tmp_path / "cut", method, die=False)
     assert_same(values(model), values(expected))
     shutil.rmtree(tmp_path)
+
+
+def test_a_trail_leaves_backup_and_restore_alone(tmp_path):
+    assert run(train_with_backup, tmp_path, "LTP", True) == -signal.SIGKILL
+    trail = ks.SparsityTrail(tmp_path / "trail", "loss")
+    model = train_with_backup(tmp_path, "LTP", False, trail)
+    assert model.history.epoch == [2, 3]

@@ -90,6 +90,39 @@ def test_strength_follows_the_formula():
     assert strength > 1.1
 
 
+def test_after_a_restart_it_steers_on_whatever_has_come_back():
+    strengths = []
+    for restarts in (False, True):
+        model = network(LTP)
+        target = ks.SparsityTarget(0.9)
+        for epoch, threshold in enumerate((1.0, 0.0)):
+            if epoch == 0 or restarts:
+                target = ks.SparsityTarget(0.9)
+                target.set_model(model)
+                target.set_params({"epochs": 4, "steps": 5})
+                target.on_train_begin()
+            target.on_epoch_begin(epoch)
+            for governor in governors(model):
+                governor.thresholds[0].assign(threshold)
+            target.on_train_batch_end(0)
+            target.on_epoch_end(epoch)
+            strengths.append(
+                float(keras.ops.convert_to_numpy(governors(model)[0].strength))
+            )
+    assert part_pruned(model) == 0
+    assert strengths[:2] == strengths[2:]
+    assert strengths[0] != strengths[1]
+
+
+def test_order_of_callbacks_where_the_number_of_batches_is_not_known(tmp_path):
+    trail = ks.SparsityTrail(tmp_path, "loss", resume=True)
+    target = ks.SparsityTarget(0.9)
+    batches = ((X[i : i + 64], Y[i : i + 64]) for i in range(0, 640, 64))
+    model = network(LTP)
+    with pytest.warns(match="ran out"), pytest.raises(ValueError, match="given before"):
+        model.fit(batches, callbacks=[trail, target], verbose=0, shuffle=False)
+
+
 def test_penalty_is_scaled_without_a_new_compilation():
     model = network(LTP)
     total = model.evaluate(X, Y, verbose=0)
