@@ -18,6 +18,7 @@ import os
 import pathlib
 import platform
 import sys
+import threading
 import time
 
 import curves
@@ -113,7 +114,17 @@ def pool(processes):
         os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
     # Without `max_tasks_per_child`, with which Python 3.11 waits for ever.
     spawn = multiprocessing.get_context("spawn")
-    return concurrent.futures.ProcessPoolExecutor(processes, spawn)
+    return concurrent.futures.ProcessPoolExecutor(processes, spawn, end_with_parent)
+
+
+def end_with_parent():
+    """A comparison that is killed must not leave trainings behind."""
+
+    def wait():
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def train(job, data_dir):

@@ -5,6 +5,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 
 import keras
 import numpy as np
@@ -157,3 +158,34 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
         # A line that a stop has cut does not swallow the next one.
         with (tmp_path / "r.jsonl").open("a") as file:
             file.write('{"format": 1')
+
+
+@pytest.mark.slow
+def test_a_killed_comparison_leaves_no_training_behind(tmp_path):
+    command = [
+        *(sys.executable, EXAMPLES / "compare.py", "--methods=magnitude,l1"),
+        *("--epochs=1000", "--jobs=2", f"--results={tmp_path / 'r.jsonl'}"),
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
+    comparison = subprocess.Popen(command, env=environment, start_new_session=True)
+    group = comparison.pid
+    try:
+        # It, Python's tracker of resources, and two that train.
+        wait_until(lambda: len(processes_of(group)) >= 4)
+        comparison.kill()
+        comparison.wait()
+        wait_until(lambda: not processes_of(group))
+    finally:
+        subprocess.run(["pkill", "-KILL", "-g", str(group)])
+
+
+def processes_of(group):
+    found = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
+    return found.stdout.split()
+
+
+def wait_until(condition, seconds=120):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
