@@ -20,6 +20,9 @@ from keras_sparsity.transform import finalize
 
 WRITERS = {".keras": save_model, ".tflite": export_litert}
 
+# With less the file would hardly be smaller, and the model is taken for a dense one.
+FEWEST_ZEROS = 0.1
+
 TOTALS = (
     "sparsity",
     "total_sparsity",
@@ -80,10 +83,13 @@ def convert(path, output):
         print(f"finalized: {', '.join(methods)} removed from the model")
     matrices = [to_array(w) for w in model.weights if len(w.shape) >= 2]
     # All zeros are those that a layer begins with, as the biases of a GRU.
-    if not any(matrix.any() and not matrix.all() for matrix in matrices):
+    matrices = [matrix for matrix in matrices if matrix.any()]
+    zeros = sum((matrix == 0).sum() for matrix in matrices)
+    zeros /= max(1, sum(matrix.size for matrix in matrices))
+    if zeros < FEWEST_ZEROS:
         raise ValueError(
-            f"'{path}' has no zeros that would make a file smaller: prune the model "
-            "first, with `keras_sparsity.prune` or while it trains"
+            f"'{path}' has {zeros:.1%} zeros, too few to make a file smaller: prune "
+            "the model first, with `keras_sparsity.prune` or while it trains"
         )
     WRITERS[output.suffix](model, output)
     after = output.stat().st_size

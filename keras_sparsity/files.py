@@ -1,12 +1,16 @@
 """Files that are put in place whole, or not at all, and small ones."""
 
 import contextlib
-import errno
 import os
 import pathlib
 import shutil
 import tempfile
 import zipfile
+import zlib
+
+# Keras takes a larger member that is compressed more than a hundred times for an attack
+# on the memory of who loads it. (What it loads without extracting may be 4 GiB.)
+_LARGE, _FARTHEST = 2**28, 90
 
 _UNFINISHED = "unfinished-"
 
@@ -44,33 +48,6 @@ def remove_unfinished(directory):
         shutil.rmtree(folder)
 
 
-def lock(path):
-    """Makes this process the only one that holds `path`, until it ends or lets go.
-
-    The system frees the lock of a process that is killed. It is not one of `flock`,
-    which child processes would inherit and hold on to. It is without effect on Windows,
-    and where a file system has no locks.
-
-    Returns:
-        What `os.close` takes to let go.
-
-    Raises:
-        BlockingIOError: If another process holds it.
-    """
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        import fcntl
-
-        fcntl.lockf(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except ImportError:
-        pass
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            os.close(descriptor)
-            raise BlockingIOError("another process is writing to it") from error
-    return descriptor
-
-
 def read_archive(file):
     """What a zip archive holds, as `{name: bytes}`."""
     with zipfile.ZipFile(file) as archive:
@@ -87,4 +64,7 @@ def write_archive(file, members, compression=zipfile.ZIP_DEFLATED, level=None):
     """
     with zipfile.ZipFile(file, "w", compression, compresslevel=level) as archive:
         for name, content in members.items():
-            archive.writestr(name, content)
+            too_far = len(content) > _LARGE and len(
+                zlib.compress(content)
+            ) * _FARTHEST < len(content)
+            archive.writestr(name, content, zipfile.ZIP_STORED if too_far else None)

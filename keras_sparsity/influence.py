@@ -119,7 +119,7 @@ class _Network:
         layer, kwargs = node.operation, node.arguments.kwargs
         try:
             if type(layer) not in KINDS:
-                raise Obstacle("may mix units")
+                raise Obstacle("is of a kind that `compact` does not know")
             if count > 1:
                 raise Obstacle("is called more than once")
             # As `training=True`, or a mask. `training=False` is as always here.

@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+import numpy as np
 from keras import ops
 
 
@@ -33,8 +34,11 @@ def all_workers_have(model, number):
     if _cluster(model) is None:
         return True
     strategy = model.distribute_strategy
-    numbers = strategy.run(lambda: ops.convert_to_tensor([float(number)]))
-    return bool(ops.all(strategy.gather(numbers, axis=0) == number))
+    # All are equal if their mean is this one and their mean square is its square.
+    moments = np.array([number, number**2], "float64")
+    numbers = strategy.run(lambda: ops.convert_to_tensor(moments))
+    sums = ops.convert_to_numpy(strategy.reduce("SUM", numbers, axis=None))
+    return bool((sums == moments * strategy.num_replicas_in_sync).all())
 
 
 def _cluster(model):

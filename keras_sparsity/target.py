@@ -109,7 +109,7 @@ class SparsityTarget(keras.callbacks.Callback):
     def on_epoch_end(self, epoch, logs=None):
         if self._looks:
             return
-        if "sparsity" in logs:
+        if "sparsity" in (logs or {}):
             raise ValueError(
                 "`SparsityTarget` must be given before `SparsityTrail` where the "
                 "number of batches is not known: it steers at the end of an epoch "

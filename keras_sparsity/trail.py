@@ -3,7 +3,6 @@
 import itertools
 import json
 import numbers
-import os
 import pathlib
 import re
 import tempfile
@@ -15,7 +14,7 @@ import keras
 import numpy as np
 
 from keras_sparsity.counting import NEAR_ZERO, count_zeros, counted_weights, finite
-from keras_sparsity.files import lock, remove_unfinished, written_whole
+from keras_sparsity.files import remove_unfinished, written_whole
 from keras_sparsity.record import FORMAT, pareto_front, read_lines, read_points
 from keras_sparsity.replicas import all_workers_have, is_chief
 from keras_sparsity.state import restore_training_state, training_state
@@ -51,8 +50,9 @@ class SparsityTrail(keras.callbacks.Callback):
     shuffles arrays there (give it data whose order is a function of the epoch, or
     `shuffle=False`); layers outside of the model; random numbers that are drawn
     without a seed or a `SeedGenerator`; what other callbacks remember, as
-    `EarlyStopping` does; and of batch statistics that every replica has for itself all
-    but the first's (`BatchNormalization(synchronized=True)` has one).
+    `EarlyStopping` and `ReduceLROnPlateau` do; and of batch statistics that every
+    replica has for itself all but the first's (`BatchNormalization(synchronized=True)`
+    has one).
 
     Args:
         directory: Path of the directory to write to. It is made if it does not exist.
@@ -73,9 +73,8 @@ class SparsityTrail(keras.callbacks.Callback):
             the directory holds the trail of another model, optimizer or metric, or
             with `resume=True` one without a state; at the end of an epoch, if `monitor`
             is not among the metrics.
-        OSError: If the directory cannot be written: at the start of training, as when
-            another process trains with it, or, if the disk is full, at the end of an
-            epoch. What it held is intact.
+        OSError: If the directory cannot be written: at the start of training, or, if
+            the disk is full, at the end of an epoch. What it held is intact.
 
     Example:
 
@@ -149,7 +148,6 @@ class SparsityTrail(keras.callbacks.Callback):
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryDirectory(dir=self.directory).cleanup()
-            self._lock = lock(self.directory / ".lock")
             remove_unfinished(self.directory)  # what a killed run was writing
         except OSError as error:
             raise OSError(
@@ -208,8 +206,6 @@ class SparsityTrail(keras.callbacks.Callback):
         self.model._initial_epoch = None
         # What the chief has written is there for all when `fit` returns.
         all_workers_have(self.model, len(self._records))
-        if is_chief(self.model):
-            os.close(self._lock)
 
     def on_epoch_end(self, epoch, logs=None):
         metrics = {k: float(v) for k, v in logs.items() if isinstance(v, numbers.Real)}

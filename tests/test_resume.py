@@ -346,33 +346,6 @@ def test_a_training_that_is_refused_leaves_the_model_alone(finished):
     assert callback.model.history.epoch == [0]
 
 
-def train_and_wait(directory, is_on):
-    def wait(epoch, logs):
-        if epoch == 2:
-            is_on.set()
-            time.sleep(600)
-
-    callback = keras.callbacks.LambdaCallback(on_epoch_begin=wait)
-    train(directory, callbacks=[callback])
-
-
-def test_one_process_at_a_time(wholes, tmp_path):
-    expected, whole = wholes()
-    is_on = PROCESSES.Event()
-    process = PROCESSES.Process(target=train_and_wait, args=(tmp_path, is_on))
-    process.start()
-    assert is_on.wait(120)
-    with pytest.raises(OSError, match="another process is writing to it"):
-        train(tmp_path)
-    assert len(ks.Trail(tmp_path).points) == 2
-    assert process.is_alive()
-    process.kill()
-    process.join()
-    model, _ = train(tmp_path)  # the lock has gone with its process
-    assert_same(values(model), expected)
-    assert record(tmp_path) == record(whole)
-
-
 def test_damaged_state_is_refused(finished):
     state = finished / "state.npz"
     state.write_bytes(state.read_bytes()[:-100])

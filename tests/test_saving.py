@@ -6,6 +6,7 @@ import pathlib
 import resource
 import subprocess
 import sys
+import zipfile
 
 import keras
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 from keras import layers, ops
 
 import keras_sparsity as ks
-from keras_sparsity.files import written_whole
+from keras_sparsity.files import write_archive, written_whole
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(8, 12)).astype("float32")
@@ -211,6 +212,15 @@ def test_litert_computes_what_keras_does(make, tmp_path):
     kernels = [weight for weight in model.weights if len(weight.shape) > 1]
     encoded = [tensor for tensor in tensors if tensor["sparsity_parameters"]]
     assert len(encoded) == len(kernels)
+
+
+def test_no_member_is_compressed_further_than_keras_reads(tmp_path):
+    members = {"large": bytes(2**28 + 1), "small": bytes(2**20)}
+    write_archive(tmp_path / "model.keras", members)
+    with zipfile.ZipFile(tmp_path / "model.keras") as archive:
+        large, small = (archive.getinfo(name) for name in members)
+    assert large.compress_size == large.file_size
+    assert small.compress_size < small.file_size / 100
 
 
 def run_litert(interpreter, path, x):

@@ -46,7 +46,7 @@ def fit(model, *callbacks, epochs=1, **kwargs):
 
 
 def files(directory):
-    return sorted(path.name for path in directory.glob("[!.]*"))
+    return sorted(path.name for path in directory.iterdir())
 
 
 class Watch(keras.callbacks.Callback):
