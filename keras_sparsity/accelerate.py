@@ -1,6 +1,7 @@
 """A model whose sparse layers run sparse where that is faster on this machine."""
 
 import dataclasses
+import inspect
 
 import keras
 import numpy as np
@@ -158,9 +159,11 @@ def _refuse_files_and_xla(model):
     On the model itself: it is of a class that Keras or the user made.
     """
     compile_with_keras = model.compile
+    signature = inspect.signature(compile_with_keras)
 
     def compile(*args, **kwargs):
-        if kwargs.get("jit_compile") is True and not takes_xla():
+        asked = signature.bind(*args, **kwargs).arguments.get("jit_compile")
+        if asked is True and not takes_xla():
             raise ValueError(NO_XLA)
         compile_with_keras(*args, **kwargs)
 

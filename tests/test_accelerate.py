@@ -1,6 +1,7 @@
 """Sparse execution: what runs sparse, what it computes, and what it refuses."""
 
 import importlib.util
+import inspect
 import os
 import pathlib
 import subprocess
@@ -240,6 +241,10 @@ def test_xla_is_refused_on_tensorflow():
         tf.function(fast, jit_compile=True)(x)
     with pytest.raises(ValueError, match="XLA has no kernels for TensorFlow's sparse"):
         fast.compile(loss="mse", jit_compile=True)
+    names = list(inspect.signature(keras.Model.compile).parameters)
+    others = [None] * (names.index("jit_compile") - 1)  # all but `self`
+    with pytest.raises(ValueError, match="XLA has no kernels for TensorFlow's sparse"):
+        fast.compile(*others, True)
     fast.compile(loss="mse")
     np.testing.assert_allclose(
         fast.predict(x, verbose=0), model.predict(x, verbose=0), rtol=1e-5, atol=1e-5

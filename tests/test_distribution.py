@@ -1,5 +1,6 @@
 """Several devices and workers give what one gives: real processes, virtual devices."""
 
+import json
 import os
 import pathlib
 import re
@@ -236,7 +237,8 @@ def test_a_killed_training_on_two_devices_goes_on(folder, tmp_path):
 
 
 @on_tensorflow
-def test_one_of_two_workers_is_killed(folder, tmp_path):
+@pytest.mark.parametrize("victim", [0, 1], ids=["chief", "other"])
+def test_one_of_two_workers_is_killed(folder, tmp_path, victim):
     settings = [
         {
             "cases": {"worker": [DROPOUT]},
@@ -245,11 +247,14 @@ def test_one_of_two_workers_is_killed(folder, tmp_path):
         }
         for index in range(2)
     ]
-    first, second = start_workers(settings[0], settings[1] | {"kill": True})
-    second.join(600)
-    assert second.exitcode == -signal.SIGKILL
-    first.kill()  # as a launcher does: it waits for the other
-    first.join()
+    workers = start_workers(
+        *(each | {"kill": index == victim} for index, each in enumerate(settings))
+    )
+    workers[victim].join(600)
+    assert workers[victim].exitcode == -signal.SIGKILL
+    other = workers[1 - victim]
+    other.kill()  # as a launcher does: it waits for the killed one
+    other.join()
     assert len(ks.Trail(tmp_path / "cut").points) == 1
 
     finish(*start_workers(*settings))
@@ -279,6 +284,20 @@ def test_chief_alone_writes(folder):
     """The second worker was given a directory of its own, which must stay empty."""
     assert len(ks.Trail(folder / "trail of worker 0").points) == 3
     assert not (folder / "trail of worker 1").exists()
+
+
+@on_several
+def test_the_script_trains_on_two_devices(tmp_path):
+    command = [
+        *(sys.executable, EXAMPLES / "train.py"),
+        f"--strategy={'mirrored' if ON_TENSORFLOW else 'data_parallel'}",
+        *("--virtual_devices=2", "--model=lenet_300_100", "--method=halo"),
+        *("--sparsity=0.5", "--epochs=2", "--verbose=0", f"--output={tmp_path}"),
+    ]
+    subprocess.run(command, check=True)
+    results = json.loads((tmp_path / "results.jsonl").read_text())
+    assert results["sparse"]["sparsity"] == pytest.approx(0.5, abs=1e-4)
+    assert results["sparse"]["accuracy"] > 0.8
 
 
 def launch(*arguments):
