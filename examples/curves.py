@@ -102,12 +102,13 @@ def plot(lines, path):
     from matplotlib.figure import Figure
 
     best = sorted(chosen(lines).items())
-    figure = Figure(figsize=(15, 5), layout="constrained")
-    *accuracy, layers = figure.subplots(1, 3)
+    kinds = sorted({bool(finetune) for (_, finetune), _ in best})
+    figure = Figure(figsize=(5 * len(kinds) + 5, 5), layout="constrained")
+    *accuracy, layers = figure.subplots(1, len(kinds) + 1)
     colors = {name: f"C{index}" for index, name in enumerate(dict(k for k, _ in best))}
     targets = sorted({target for _, curve in best for target in curve} - {0.0})
     bound = max(mean(points) for _, curve in best for points in curve.values())
-    for axes, tuned in zip(accuracy, (False, True), strict=True):
+    for axes, tuned in zip(accuracy, kinds, strict=True):
         for (name, finetune), curve in best:
             if bool(finetune) == tuned:
                 draw(axes, curve, label=name, color=colors[name])
@@ -126,8 +127,9 @@ def plot(lines, path):
         axes.legend(fontsize="small", loc="lower left")
 
     # At the target in the middle, where methods differ in what they spare.
-    curves = {k: curve for k, curve in best if not k[1] and {*curve} != {0.0}}
-    for (name, _), curve in curves.items():
+    for (name, finetune), curve in best:
+        if bool(finetune) != kinds[0] or {*curve} == {0.0}:
+            continue
         target = sorted(curve)[len(curve) // 2]
         sparsities = [list(point["layers"].values()) for point in curve[target]]
         left = [
@@ -138,14 +140,13 @@ def plot(lines, path):
         layers.set(
             yscale="log",
             yticks=[1, 2, 5, 10, 20, 50, 100],
-            title=f"not fine-tuned, {target:.1%} zeros",
+            title=f"{'' if kinds[0] else 'not '}fine-tuned, {target:.1%} zeros",
             ylabel="weights left in the layer, %",
             xlabel="kernel, from input to output",
             xticks=range(len(left)) if len(left) < 20 else [],
         )
     layers.yaxis.set_major_formatter("{x:g}")
     layers.minorticks_off()
-    layers.legend(fontsize="small")
     figure.savefig(path)
 
 

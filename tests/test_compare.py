@@ -126,8 +126,11 @@ def test_table_and_plot(tmp_path):
         for seed, t in [(0, 0.8), (1, 0.9)]
     ]
     assert curves.table(lines).splitlines()[2] == "| halo | 0% | 85.00 ± 7.07 |"
-    curves.plot(lines, tmp_path / "curves.png")
-    assert (tmp_path / "curves.png").stat().st_size > 10_000
+    dense = line("dense", p={"validation": 0.9, "test": 0.9, "target": 0.0})
+    tuned = [{**each, "finetune": 0.2} for each in lines]
+    for drawn in (lines, [dense], [dense, *lines, *tuned]):
+        curves.plot(drawn, tmp_path / "curves.png")
+        assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
 def test_what_is_whole_is_read(tmp_path, capsys):
