@@ -64,7 +64,12 @@ def write_archive(file, members, compression=zipfile.ZIP_DEFLATED, level=None):
     """
     with zipfile.ZipFile(file, "w", compression, compresslevel=level) as archive:
         for name, content in members.items():
-            too_far = len(content) > _LARGE and len(
-                zlib.compress(content)
-            ) * _FARTHEST < len(content)
-            archive.writestr(name, content, zipfile.ZIP_STORED if too_far else None)
+            stored = zipfile.ZIP_STORED if _is_refused(content) else None
+            archive.writestr(name, content, stored)
+
+
+def _is_refused(content):
+    """Whether Keras would not read `content` where it is compressed."""
+    if len(content) <= _LARGE:
+        return False
+    return len(content) > _FARTHEST * len(zlib.compress(content))

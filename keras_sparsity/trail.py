@@ -141,7 +141,7 @@ class SparsityTrail(keras.callbacks.Callback):
                 finalize(self.model)  # raises now what it would after an epoch
         if next_epoch is not None:
             # As `BackupAndRestore` does: nothing public tells `fit` where to begin. At
-            # the end: a training that is refused must not change where the next begins.
+            # the end: what is refused here must not change where the next `fit` begins.
             self.model._initial_epoch = next_epoch
 
     def _try_directory(self):
