@@ -5,11 +5,11 @@ import os
 import pathlib
 import subprocess
 import sys
-import time
 
 import keras
 import numpy as np
 import pytest
+from processes import wait_until
 
 import keras_sparsity as ks
 
@@ -174,10 +174,10 @@ def test_a_killed_comparison_leaves_no_training_behind(tmp_path):
     group = comparison.pid
     try:
         # It, Python's tracker of resources, and two that train.
-        wait_until(lambda: len(processes_of(group)) >= 4)
+        wait_until(lambda: len(processes_of(group)) >= 4, seconds=120)
         comparison.kill()
         comparison.wait()
-        wait_until(lambda: not processes_of(group))
+        wait_until(lambda: not processes_of(group), seconds=120)
     finally:
         subprocess.run(["pkill", "-KILL", "-g", str(group)])
 
@@ -185,10 +185,3 @@ def test_a_killed_comparison_leaves_no_training_behind(tmp_path):
 def processes_of(group):
     found = subprocess.run(["pgrep", "-g", str(group)], capture_output=True, text=True)
     return found.stdout.split()
-
-
-def wait_until(condition, seconds=120):
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end
-        time.sleep(0.2)

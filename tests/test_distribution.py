@@ -7,13 +7,12 @@ import re
 import signal
 import subprocess
 import sys
-import time
 
 import distributed_training
 import keras
 import numpy as np
 import pytest
-from processes import PROCESSES
+from processes import PROCESSES, wait_until
 
 import keras_sparsity as ks
 
@@ -35,7 +34,7 @@ METHODS = [
 ]
 DROPOUT = "LTP, batch norm, dropout"
 DROPOUTS = [DROPOUT, "HALO, dropout", "MagnitudePruning, dropout"]
-ON_ONE_DEVICE = ["LTP, batch norm", "HALO", "MagnitudePruning"]
+COMPILED = ["LTP, batch norm", "HALO", "MagnitudePruning"]
 # With their tolerances: batches are summed in parts, each of which is rounded.
 MIXED = {
     "LTP, mixed_bfloat16": 2e-2,
@@ -87,7 +86,7 @@ def folder(tmp_path_factory):
     trails = {("two", DROPOUT): folder / "trail of two"}
     processes = []
     if ON_TENSORFLOW:
-        cases |= {"strategy": ON_ONE_DEVICE, "compiled": ON_ONE_DEVICE}
+        cases |= {"strategy": METHODS, "compiled": COMPILED}
         processes += start_workers(*(worker_of(folder, index) for index in range(2)))
     processes.append(start(cases=cases, output=folder, trails=trails))
     finish(*processes)
@@ -160,7 +159,7 @@ def test_all_devices_agree(results, case):
 
 
 @on_tensorflow
-@pytest.mark.parametrize("case", ON_ONE_DEVICE)
+@pytest.mark.parametrize("case", METHODS)
 def test_one_device_strategy(results, case):
     assert_equal(results["strategy"], results["one"], case, tolerance=1e-7)
 
@@ -179,7 +178,7 @@ def test_one_device_strategy_with_a_trail(results, tmp_path):
 
 
 @on_tensorflow
-@pytest.mark.parametrize("case", ON_ONE_DEVICE)
+@pytest.mark.parametrize("case", COMPILED)
 def test_one_device_strategy_with_xla(results, case):
     assert_equal(results["compiled"], results["one"], case)
 
@@ -326,14 +325,6 @@ def test_launcher_trains(tmp_path):
     assert "[worker 0] sparse" in output
     assert "[worker 1] Written" not in output
     assert (tmp_path / "sparse.keras").exists()
-
-
-def wait_until(condition):
-    deadline = time.monotonic() + 60
-    while not (value := condition()):
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return value
 
 
 def is_running(process):

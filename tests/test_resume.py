@@ -116,7 +116,7 @@ def record(directory):
 
 
 def files(directory):
-    return sorted(path.name for path in directory.glob("[!.]*"))
+    return sorted(path.name for path in directory.iterdir())
 
 
 def assert_same(received, expected):
