@@ -15,9 +15,11 @@ _LOOKS = 5
 _APPROACH = 0.6
 _CORRECTION = 0.1
 
-# The largest change of the logarithm of the strengths at a look, and the rate, in
-# logarithms of the weights left per look, that is too small to matter.
-_CHANGE = 0.5
+# The largest change of the logarithm of the strengths at a look, as a part of their
+# range: LTP's thresholds follow prices that grow by orders of magnitude, HALO's scales
+# need time to answer. And the rate, in logarithms of the weights left per look, that
+# is too small to matter.
+_CHANGE = 1 / 15
 _STILL = 0.01
 
 # Scales need time before a weight falls. Until this part of the sparsity is there, or
@@ -37,8 +39,11 @@ class SparsityTarget(keras.callbacks.Callback):
     left     = log(1 - sparsity now)
     needed   = (left - log(1 - sparsity)) / looks that remain
     rate     = left at the last look - left
-    strength = strength * exp(0.5 * (needed - rate) / (|needed| + |rate| + 0.01))
+    change   = (needed - rate) / (|needed| + |rate| + 0.01)
+    strength = strength * range ** (change / 15)
     ```
+
+    with the `range` of the strengths, highest over lowest: 1e9 of LTP, 1e2 of HALO.
 
     A weight counts as gone where LTP's hard gate is closed, and where HALO's scale has
     come to rest at its floor, which is where a `prune` to the same sparsity costs
@@ -46,10 +51,10 @@ class SparsityTarget(keras.callbacks.Callback):
     begins; what they should have been is found on the way, without compiling again.
 
     Thresholds come down again slowly, and weights that were given up hardly come back:
-    coefficients that are much too large for the sparsity cannot be made up for. And
-    both methods need a learning rate that still moves something when the target comes
-    near: one that falls evenly, as along a cosine, serves better than one that falls
-    in steps early on.
+    coefficients that are much too large for the sparsity cannot be made up for. Begin
+    low: LTP with a tenth of the `l0` that would do without. And both methods need a
+    learning rate that still moves something when the target comes near: one that falls
+    evenly, as along a cosine, serves better than one that falls in steps early on.
 
     Args:
         sparsity: Float in (0, 1): the part of the weights that the methods govern
@@ -131,10 +136,11 @@ class SparsityTarget(keras.callbacks.Callback):
         needed = (self._left - math.log(1 - self.sparsity)) / looks
         rate = last - self._left
         change = (needed - rate) / (abs(needed) + abs(rate) + _STILL)
-        strength *= math.exp(_CHANGE * change)
-        for governor in self._governors:
-            low, high = governor.strength_range
-            strength = min(max(strength, low), high)
+        # The range that all of them have.
+        lows, highs = zip(*(g.strength_range for g in self._governors), strict=True)
+        low, high = max(lows), min(highs)
+        strength *= (high / low) ** (_CHANGE * change)
+        strength = min(max(strength, low), high)
         for governor in self._governors:
             governor.strength.assign(strength)
 

@@ -103,7 +103,7 @@ class LTP(SubstitutingWrapper):
     """
 
     # The range in which `SparsityTarget` looks for the right factor on `l0`.
-    strength_range = (0.01, 1e4)
+    strength_range = (1e-3, 1e6)
 
     def __init__(
         self,
