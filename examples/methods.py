@@ -123,8 +123,11 @@ METHODS = {
     ),
     "halo": penalty(
         ks.HALO,
+        {"xi": 1e-7, "psi": 7e-5},
         {"xi": 1e-7, "psi": 1e-4},
+        {"xi": 1e-7, "psi": 1.4e-4},
         {"xi": 1e-7, "psi": 2e-4},
+        {"xi": 1e-7, "psi": 3e-4},
         {"xi": 1e-7, "psi": 5e-4},
         {"xi": 1e-7, "psi": 1e-3},
         {"xi": 1e-7, "psi": 2e-3},
@@ -140,7 +143,7 @@ METHODS = {
     ),
     "ltp": Method(
         learned,
-        settings=({"l0": 1e-6},),
+        settings=({"l0": 1e-7},),
         pretrain=0.5,
         targets=True,
         steady=True,

@@ -12,7 +12,7 @@ _LOOKS = 5
 
 # The part of the training in which the target is approached evenly; and the part in
 # which, from then on, what is still missing should come.
-_APPROACH = 0.6
+_APPROACH = 0.75
 _CORRECTION = 0.1
 
 # The largest change of the logarithm of the strengths at a look, as a part of their
@@ -31,7 +31,7 @@ class SparsityTarget(keras.callbacks.Callback):
     """Steers HALO or LTP so that training ends at the sparsity asked for.
 
     Some times in each epoch it compares how fast the weights left become fewer with how
-    fast they must, to be as few as asked for when 60 % of the training are over, and
+    fast they must, to be as few as asked for when 75 % of the training are over, and
     sets the `strength` of every HALO and LTP in the model, the factor on its penalty,
     all to the same value:
 
