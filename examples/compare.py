@@ -32,12 +32,19 @@ from absl import app, flags, logging
 FLAGS = flags.FLAGS
 
 flags.DEFINE_list("methods", list(methods.METHODS), "What to compare.")
+flags.DEFINE_string(
+    "settings",
+    "{}",
+    "Settings to choose from, instead of those in methods.py: JSON, a list of dicts by "
+    'the name of the method. For example \'{"halo": [{"xi": 1e-6, "psi": 1e-3}]}\'.',
+)
 flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.98", "0.99"], "In [0, 1).")
 flags.DEFINE_integer("seeds", 3, "Trainings of each kind.", lower_bound=1)
 flags.DEFINE_enum("model", "lenet_300_100", list(models.NETWORKS), "The network.")
 flags.DEFINE_string("dataset", "digits", "As for train.py, or the path of an .npz.")
 flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps its data.")
 flags.DEFINE_float("validation_split", 0.1, "Part held out, in (0, 1).")
+flags.DEFINE_integer("images", None, "Train with so many only.", lower_bound=1)
 flags.DEFINE_integer("epochs", 20, "Epochs of every method in all.", lower_bound=2)
 flags.DEFINE_list(
     "finetune",
@@ -54,6 +61,43 @@ flags.DEFINE_string("results", "runs/compare.jsonl", "File to append lines to.")
 flags.DEFINE_integer("jobs", os.cpu_count(), "Trainings at a time.", lower_bound=1)
 
 
+def parts(values):
+    """Whether `values` are a list of numbers in [0, 1)."""
+    try:
+        return all(0 <= float(value) < 1 for value in values)
+    except ValueError:
+        return False
+
+
+def lists_by_method(text):
+    try:
+        settings = json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return (
+        isinstance(settings, dict)
+        and {*settings} <= {*methods.METHODS}
+        and all(isinstance(each, list) for each in settings.values())
+    )
+
+
+flags.register_validator(
+    "methods",
+    lambda names: {*names} <= {*methods.METHODS},
+    f"must be of {', '.join(methods.METHODS)}.",
+)
+flags.register_validator("sparsities", parts, "must be numbers in [0, 1).")
+flags.register_validator("finetune", parts, "must be numbers in [0, 1).")
+flags.register_validator(
+    "validation_split", lambda part: 0 < part < 1, "must be in (0, 1)."
+)
+flags.register_validator(
+    "settings",
+    lists_by_method,
+    f"must be JSON: lists by the names of methods: {', '.join(methods.METHODS)}.",
+)
+
+
 def main(argv):
     del argv
     results = pathlib.Path(FLAGS.results)
@@ -64,7 +108,7 @@ def main(argv):
     bar = keras.utils.Progbar(len(todo), unit_name="training")
     if todo:
         try:
-            load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation_split)
+            load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation_split, FLAGS.images)
         except (ImportError, ValueError, OSError) as error:
             sys.exit(f"{error}")  # it says what is missing, and what to do
     end_last_line(results)
@@ -90,11 +134,14 @@ def jobs():
         for name in ("model", "dataset", "validation_split", "epochs", "batch_size")
         + ("learning_rate", "momentum", "weight_decay", "recalibrate")
     }
+    if FLAGS.images:
+        conditions["images"] = FLAGS.images
     sparsities = [float(value) for value in FLAGS.sparsities]
+    chosen = json.loads(FLAGS.settings)
     for seed, finetune, name in itertools.product(
         range(FLAGS.seeds), map(float, FLAGS.finetune), FLAGS.methods
     ):
-        for settings in methods.METHODS[name].settings:
+        for settings in chosen.get(name, methods.METHODS[name].settings):
             yield {
                 **conditions,
                 "method": name,
@@ -131,7 +178,7 @@ def train(job, data_dir):
     """Does one of `jobs()`: its line for the results."""
     began = time.monotonic()
     keras.utils.clear_session()  # or all that was compiled before stays in memory
-    data = load(job["dataset"], data_dir, job["validation_split"])
+    data = load(job["dataset"], data_dir, job["validation_split"], job.get("images"))
     method = methods.METHODS[job["method"]]
     fields = [field.name for field in dataclasses.fields(methods.Training)]
     training = methods.Training(**{name: job[name] for name in fields})
@@ -154,8 +201,10 @@ def train(job, data_dir):
 
 
 @functools.lru_cache(1)
-def load(dataset, data_dir, validation):
-    return data_sets.load(dataset, data_dir=data_dir, validation=validation)
+def load(dataset, data_dir, validation, count):
+    return data_sets.load(
+        dataset, data_dir=data_dir, validation=validation, count=count
+    )
 
 
 if __name__ == "__main__":

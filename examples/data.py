@@ -94,7 +94,15 @@ def crop_and_flip(images, generator, padding=4):
     return padded[np.arange(count)[:, None, None], rows[:, :, None], columns[:, None]]
 
 
-def load(name, data_dir=None, download=False, image_size=None, validation=0.1, seed=0):
+def load(
+    name,
+    data_dir=None,
+    download=False,
+    image_size=None,
+    validation=0.1,
+    seed=0,
+    count=None,
+):
     """Loads a data set and holds a validation set out of its training images.
 
     Args:
@@ -109,6 +117,7 @@ def load(name, data_dir=None, download=False, image_size=None, validation=0.1, s
             to. Defaults to the size that they have.
         validation: Fraction of the training images to hold out, in (0, 1).
         seed: Which images are held out.
+        count: How many of the other images to train with, at most. Defaults to all.
     """
     if name == "digits":
         train, test, classes = _digits()
@@ -116,19 +125,19 @@ def load(name, data_dir=None, download=False, image_size=None, validation=0.1, s
         train, test, classes = _arrays(name)
     else:
         train, test, classes = _tfds(name, data_dir, download, image_size)
-    train, held_out = _split(*train, validation, seed)
+    (images, labels), held_out = _split(*train, validation, seed)
+    train = images[:count], labels[:count]  # in random order since the split
     mean = train[0].mean((0, 1, 2))
     deviation = train[0].std((0, 1, 2))
 
     def standardize(images, labels):
         return (images - mean) / deviation, labels
 
-    images, _ = train
     return Data(
         *(standardize(*pair) for pair in (train, held_out, test)),
         classes=classes,
         image_shape=images.shape[1:],
-        count=len(images),
+        count=len(train[0]),
     )
 
 

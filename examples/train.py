@@ -106,6 +106,9 @@ flags.DEFINE_enum(
 flags.DEFINE_float(
     "validation_split", 0.1, "Part of the training images held out, in (0, 1)."
 )
+flags.DEFINE_integer(
+    "images", None, "Train with so many images of the others at most.", lower_bound=1
+)
 
 flags.DEFINE_integer("epochs", 30, "Epochs with the method.", lower_bound=1)
 flags.DEFINE_integer(
@@ -282,11 +285,16 @@ def load():
         "seed": FLAGS.seed,
     }
     if FLAGS.augment == "random_resized_crop":
+        if FLAGS.images:
+            raise app.UsageError(
+                "--images must not be given with --augment=random_resized_crop, which "
+                f"reads all images from disk. Received: --images={FLAGS.images}"
+            )
         multiple = devices.shares(FLAGS.batch_size)
         return imagenet.load(
             FLAGS.dataset, FLAGS.batch_size, multiple=multiple, **arguments
         )
-    data = data_sets.load(FLAGS.dataset, **arguments)
+    data = data_sets.load(FLAGS.dataset, **arguments, count=FLAGS.images)
     return devices.shared_out(data, FLAGS.batch_size)
 
 

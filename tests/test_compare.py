@@ -9,6 +9,7 @@ import sys
 import keras
 import numpy as np
 import pytest
+from absl import flags
 from processes import wait_until
 
 import keras_sparsity as ks
@@ -144,6 +145,25 @@ def test_what_is_whole_is_read(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "line 2 has format 99, not 1" in said
     assert "line 3 is cut" in said
+
+
+@pytest.mark.parametrize(
+    ("flag", "expected"),
+    [
+        ("--methods=halo,nothing", "of dense, magnitude, l1"),
+        ("--sparsities=0.5,1", r"numbers in \[0, 1\)"),
+        ("--finetune=much", r"numbers in \[0, 1\)"),
+        ("--validation_split=1", r"in \(0, 1\)"),
+        ('--settings={"halo": {}}', "JSON: lists by the names of methods"),
+        ("--model=nothing", "lenet_300_100"),
+    ],
+)
+def test_flags_that_are_out_of_range(flag, expected):
+    import compare
+
+    with pytest.raises(flags.Error, match=expected):
+        compare.FLAGS(["compare.py", flag])
+    compare.FLAGS.unparse_flags()
 
 
 @pytest.mark.slow

@@ -52,6 +52,10 @@ def test_digits_are_standardized_and_split_by_seed():
     np.testing.assert_allclose([images.mean(), images.std()], [0, 1], atol=1e-5)
     assert [len(y) for _, y in digits[:3]] == [1294, 144, 359]
     assert not np.array_equal(digits.validation[1], others.validation[1])
+    few = data.load("digits", seed=0, count=50)
+    assert few.count == len(few.train[1]) == 50
+    np.testing.assert_array_equal(few.train[1], digits.train[1][:50])
+    np.testing.assert_array_equal(few.validation[1], digits.validation[1])
     np.testing.assert_array_equal(digits.test[1], others.test[1])
 
 
