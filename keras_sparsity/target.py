@@ -7,8 +7,10 @@ import keras
 from keras_sparsity.checks import check_number
 from keras_sparsity.selection import governors
 
-# Times in an epoch at which the sparsity is looked at, and the strengths are changed.
-_LOOKS = 5
+# Times at which the sparsity is looked at, and the strengths are changed: in the whole
+# training at least, and in an epoch at least.
+_LOOKS = 50
+_LOOKS_PER_EPOCH = 5
 
 # The part of the training in which the target is approached evenly; and the part in
 # which, from then on, what is still missing should come.
@@ -30,10 +32,10 @@ _BEGUN = 0.2
 class SparsityTarget(keras.callbacks.Callback):
     """Steers HALO or LTP so that training ends at the sparsity asked for.
 
-    Some times in each epoch it compares how fast the weights left become fewer with how
-    fast they must, to be as few as asked for when 75 % of the training are over, and
-    sets the `strength` of every HALO and LTP in the model, the factor on its penalty,
-    all to the same value:
+    Five times in each epoch, more often where there are less than ten, it compares how
+    fast the weights left become fewer with how fast they must, to be as few as asked
+    for when 75 % of the training are over, and sets the `strength` of every HALO and
+    LTP in the model, the factor on its penalty, all to the same value:
 
     ```
     left     = log(1 - sparsity now)
@@ -95,6 +97,11 @@ class SparsityTarget(keras.callbacks.Callback):
                 "`SparsityTarget` must be given to a model with HALO or LTP in it. "
                 f"Received: model '{self.model.name}' without."
             )
+        self._per_epoch = max(
+            _LOOKS_PER_EPOCH, math.ceil(_LOOKS / self.params["epochs"])
+        )
+        if self.params["steps"]:  # of generators it is not known
+            self._per_epoch = min(self._per_epoch, self.params["steps"])
         self._left = None  # not before other callbacks have restored what they restore
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -103,13 +110,13 @@ class SparsityTarget(keras.callbacks.Callback):
             self._left = self._log_left()
 
     def on_train_batch_end(self, batch, logs=None):
-        steps = self.params["steps"]  # of generators it is not known
-        looks = (batch + 1) * _LOOKS // steps if steps else 0
+        steps = self.params["steps"]
+        looks = (batch + 1) * self._per_epoch // steps if steps else 0
         if looks > self._looks:
             self._looks = looks
             if hasattr(self.model, "jax_state_sync"):
                 self.model.jax_state_sync()  # variables are elsewhere during an epoch
-            self._steer(self._epoch + looks / _LOOKS, _LOOKS)
+            self._steer(self._epoch + looks / self._per_epoch, self._per_epoch)
 
     def on_epoch_end(self, epoch, logs=None):
         if self._looks:

@@ -66,7 +66,7 @@ def test_strength_follows_the_formula():
     model = network(LTP)
     target = ks.SparsityTarget(0.9)
     target.set_model(model)
-    target.set_params({"epochs": 4, "steps": 10})
+    target.set_params({"epochs": 10, "steps": 10})
     target.on_train_begin()
     left, strength = [], 1.0
     for threshold in (0.5, 1.0, 1.5):
@@ -79,14 +79,35 @@ def test_strength_follows_the_formula():
             target.on_train_batch_end(0)  # no look: those are after every other batch
             looks = len(left) - 1
             target.on_train_batch_end(2 * looks - 1)
-            needed = (left[-1] - math.log(0.1)) / (0.75 * 20 - looks)
+            needed = (left[-1] - math.log(0.1)) / (0.75 * 50 - looks)
             rate = left[-2] - left[-1]
             change = (needed - rate) / (abs(needed) + abs(rate) + 0.01)
             strength *= 1e9 ** (change / 15)
         for governor in governors(model):
             value = float(keras.ops.convert_to_numpy(governor.strength))
             assert value == pytest.approx(strength, rel=1e-5)
-    assert strength > 1.1
+    assert strength < 0.9
+
+
+@pytest.mark.parametrize(
+    ("epochs", "steps", "looks"), [(20, 10, 5), (5, 20, 10), (2, 100, 25), (2, 4, 4)]
+)
+def test_short_trainings_are_looked_at_more_often(epochs, steps, looks):
+    model = network(LTP)
+    target = ks.SparsityTarget(0.9)
+    target.set_model(model)
+    target.set_params({"epochs": epochs, "steps": steps})
+    target.on_train_begin()
+    target.on_epoch_begin(0)
+    changes = 0
+    for batch in range(steps):
+        for governor in governors(model):
+            governor.thresholds[0].assign((batch % 7) / 4)
+            governor.strength.assign(0.5)
+        target.on_train_batch_end(batch)
+        strength = keras.ops.convert_to_numpy(governors(model)[0].strength)
+        changes += float(strength) != 0.5
+    assert changes == looks
 
 
 def test_after_a_restart_it_steers_on_whatever_has_come_back():
