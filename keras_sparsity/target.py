@@ -14,7 +14,7 @@ _LOOKS_PER_EPOCH = 5
 
 # The part of the training in which the target is approached evenly; and the part in
 # which, from then on, what is still missing should come.
-_APPROACH = 0.75
+_APPROACH = 0.8
 _CORRECTION = 0.1
 
 # The largest change of the logarithm of the strengths at a look, as a part of their
@@ -23,6 +23,11 @@ _CORRECTION = 0.1
 # is too small to matter.
 _CHANGE = 1 / 15
 _STILL = 0.01
+
+# The part of the change that is made when there are enough zeros. What still comes then
+# comes of the weights, not of the price; taken back further and further, thresholds
+# fall into the gap that they have left and open the gates of weights near zero.
+_ARRIVED = 0.25
 
 # Scales need time before a weight falls. Until this part of the sparsity is there, or
 # half of the training is over, being behind is no reason to push.
@@ -34,7 +39,7 @@ class SparsityTarget(keras.callbacks.Callback):
 
     Five times in each epoch, more often where there are less than ten, it compares how
     fast the weights left become fewer with how fast they must, to be as few as asked
-    for when 75 % of the training are over, and sets the `strength` of every HALO and
+    for when 80 % of the training are over, and sets the `strength` of every HALO and
     LTP in the model, the factor on its penalty, all to the same value:
 
     ```
@@ -42,7 +47,7 @@ class SparsityTarget(keras.callbacks.Callback):
     needed   = (left - log(1 - sparsity)) / looks that remain
     rate     = left at the last look - left
     change   = (needed - rate) / (|needed| + |rate| + 0.01)
-    strength = strength * range ** (change / 15)
+    strength = strength * range ** (change / 15)       a quarter of it if needed < 0
     ```
 
     with the `range` of the strengths, highest over lowest: 1e9 of LTP, 1e2 of HALO.
@@ -143,6 +148,8 @@ class SparsityTarget(keras.callbacks.Callback):
         needed = (self._left - math.log(1 - self.sparsity)) / looks
         rate = last - self._left
         change = (needed - rate) / (abs(needed) + abs(rate) + _STILL)
+        if needed < 0:
+            change *= _ARRIVED
         # The range that all of them have.
         lows, highs = zip(*(g.strength_range for g in self._governors), strict=True)
         low, high = max(lows), min(highs)

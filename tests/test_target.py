@@ -79,7 +79,7 @@ def test_strength_follows_the_formula():
             target.on_train_batch_end(0)  # no look: those are after every other batch
             looks = len(left) - 1
             target.on_train_batch_end(2 * looks - 1)
-            needed = (left[-1] - math.log(0.1)) / (0.75 * 50 - looks)
+            needed = (left[-1] - math.log(0.1)) / (0.8 * 50 - looks)
             rate = left[-2] - left[-1]
             change = (needed - rate) / (abs(needed) + abs(rate) + 0.01)
             strength *= 1e9 ** (change / 15)
