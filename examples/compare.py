@@ -62,9 +62,9 @@ flags.DEFINE_integer("jobs", os.cpu_count(), "Trainings at a time.", lower_bound
 
 
 def parts(values):
-    """Whether `values` are a list of numbers in [0, 1)."""
+    """Whether `values` are a list of numbers in [0, 1), not an empty one."""
     try:
-        return all(0 <= float(value) < 1 for value in values)
+        return bool(values) and all(0 <= float(value) < 1 for value in values)
     except ValueError:
         return False
 
@@ -78,6 +78,7 @@ def lists_by_method(text):
         isinstance(settings, dict)
         and {*settings} <= {*methods.METHODS}
         and all(isinstance(each, list) for each in settings.values())
+        and all(isinstance(one, dict) for each in settings.values() for one in each)
     )
 
 
@@ -94,12 +95,22 @@ flags.register_validator(
 flags.register_validator(
     "settings",
     lists_by_method,
-    f"must be JSON: lists by the names of methods: {', '.join(methods.METHODS)}.",
+    f"must be JSON: lists of dicts by names of methods: {', '.join(methods.METHODS)}.",
 )
 
 
 def main(argv):
     del argv
+    for name, part in itertools.product(FLAGS.methods, FLAGS.finetune):
+        method, part = methods.METHODS[name], float(part)
+        if round(method.pretrain * FLAGS.epochs) + round(part * FLAGS.epochs) >= (
+            FLAGS.epochs
+        ):
+            raise app.UsageError(
+                f"--finetune must leave epochs to {name}, which takes "
+                f"{method.pretrain:.0%} of them to begin with. Received: "
+                f"--finetune={part} --epochs={FLAGS.epochs}"
+            )
     results = pathlib.Path(FLAGS.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     done = {curves.key(line) for line in curves.read(results)}

@@ -58,7 +58,7 @@ def chosen(lines):
     points = collections.defaultdict(list)
     for line in lines:
         for point in line["curve"]:
-            settings = json.dumps(line["settings"])
+            settings = json.dumps(line["settings"], sort_keys=True)
             points[line["method"], line["finetune"], point["target"], settings].append(
                 {**point, "settings": line["settings"]}
             )

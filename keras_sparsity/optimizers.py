@@ -94,7 +94,6 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
     def build(self, variables):
         if self.built:
             return
-        variables = [*variables, *_late_variables(variables)]
         super().build(variables)
         for optimizer, rows in self._parts(variables):
             optimizer.build([variable for (variable,) in rows])
@@ -178,23 +177,6 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
             for key in ("optimizer", "sparsity_optimizer")
         }
         return cls(**{**config, **optimizers})
-
-
-def _late_variables(variables):
-    """The scales that penalties of `variables` make when they are computed first.
-
-    On TensorFlow `BackupAndRestore` builds the optimizer before that. JAX's trainer has
-    computed everything once by then, and goes by the order of `variables`.
-    """
-    if keras.backend.backend() == "jax":
-        return []
-    late = []
-    for variable in variables:
-        penalty = variable.regularizer
-        if isinstance(penalty, keras.Layer) and not penalty.built:
-            penalty(variable)
-            late += penalty.trainable_variables
-    return late
 
 
 def _single_optimizer(name, identifier):

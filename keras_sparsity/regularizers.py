@@ -100,8 +100,7 @@ class HALO(KernelPenalty):
 
     The scale is made when the penalty is computed first. Where a callback restores a
     training before that, as `BackupAndRestore` does on TensorFlow, read `model.losses`
-    once before `fit`; `sparsify`, `SparsityTrail` and `SparsityOptimizer` do so by
-    themselves.
+    once before `fit`; `sparsify` and `SparsityTrail` do so by themselves.
 
     A layer of your own that gives its `add_weight` a HALO must also keep it as an
     attribute, as Keras' layers do. Without, its scale is neither trained nor saved.

@@ -39,8 +39,8 @@ class SparsityTarget(keras.callbacks.Callback):
 
     Five times in each epoch, more often where there are less than ten, it compares how
     fast the weights left become fewer with how fast they must, to be as few as asked
-    for when 80 % of the training are over, and sets the `strength` of every HALO and
-    LTP in the model, the factor on its penalty, all to the same value:
+    for when 80 % of the training are over, and changes the `strength` of every HALO and
+    LTP in the model, the factor on its penalty:
 
     ```
     left     = log(1 - sparsity now)
@@ -50,7 +50,9 @@ class SparsityTarget(keras.callbacks.Callback):
     strength = strength * range ** (change / 15)       a quarter of it if needed < 0
     ```
 
-    with the `range` of the strengths, highest over lowest: 1e9 of LTP, 1e2 of HALO.
+    where `range` is the highest strength over the lowest: 1e6 over 1e-3 for LTP, 10
+    over 0.1 for HALO. The last looks always see a tenth of the training before them.
+    Nothing changes until a fifth of the sparsity is there or half of the training over.
 
     A weight counts as gone where LTP's hard gate is closed, and where HALO's scale has
     come to rest at its floor, which is where a `prune` to the same sparsity costs
@@ -102,9 +104,8 @@ class SparsityTarget(keras.callbacks.Callback):
                 "`SparsityTarget` must be given to a model with HALO or LTP in it. "
                 f"Received: model '{self.model.name}' without."
             )
-        self._per_epoch = max(
-            _LOOKS_PER_EPOCH, math.ceil(_LOOKS / self.params["epochs"])
-        )
+        epochs = max(1, self.params["epochs"])
+        self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / epochs))
         if self.params["steps"]:  # of generators it is not known
             self._per_epoch = min(self._per_epoch, self.params["steps"])
         self._left = None  # not before other callbacks have restored what they restore
@@ -118,10 +119,12 @@ class SparsityTarget(keras.callbacks.Callback):
         steps = self.params["steps"]
         looks = (batch + 1) * self._per_epoch // steps if steps else 0
         if looks > self._looks:
-            self._looks = looks
+            # More than one at a time where a call has many steps.
+            passed, self._looks = looks - self._looks, looks
             if hasattr(self.model, "jax_state_sync"):
                 self.model.jax_state_sync()  # variables are elsewhere during an epoch
-            self._steer(self._epoch + looks / self._per_epoch, self._per_epoch)
+            epochs = self._epoch + looks / self._per_epoch
+            self._steer(epochs, self._per_epoch / passed)
 
     def on_epoch_end(self, epoch, logs=None):
         if self._looks:
@@ -150,13 +153,11 @@ class SparsityTarget(keras.callbacks.Callback):
         change = (needed - rate) / (abs(needed) + abs(rate) + _STILL)
         if needed < 0:
             change *= _ARRIVED
-        # The range that all of them have.
-        lows, highs = zip(*(g.strength_range for g in self._governors), strict=True)
-        low, high = max(lows), min(highs)
-        strength *= (high / low) ** (_CHANGE * change)
-        strength = min(max(strength, low), high)
         for governor in self._governors:
-            governor.strength.assign(strength)
+            low, high = governor.strength_range
+            strength = float(keras.ops.convert_to_numpy(governor.strength))
+            strength *= (high / low) ** (_CHANGE * change)
+            governor.strength.assign(min(max(strength, low), high))
 
     def _log_left(self):
         """The logarithm of the part of the weights that is left."""

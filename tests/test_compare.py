@@ -9,7 +9,6 @@ import sys
 import keras
 import numpy as np
 import pytest
-from absl import flags
 from processes import wait_until
 
 import keras_sparsity as ks
@@ -147,23 +146,57 @@ def test_what_is_whole_is_read(tmp_path, capsys):
     assert "line 3 is cut" in said
 
 
-@pytest.mark.parametrize(
-    ("flag", "expected"),
-    [
-        ("--methods=halo,nothing", "of dense, magnitude, l1"),
-        ("--sparsities=0.5,1", r"numbers in \[0, 1\)"),
-        ("--finetune=much", r"numbers in \[0, 1\)"),
-        ("--validation_split=1", r"in \(0, 1\)"),
-        ('--settings={"halo": {}}', "JSON: lists by the names of methods"),
-        ("--model=nothing", "lenet_300_100"),
-    ],
-)
-def test_flags_that_are_out_of_range(flag, expected):
-    import compare
+# In a process of its own: train.py defines flags of the same names.
+PARSE = """
+import sys
+from absl import flags
+import compare
+for flag in sys.argv[1:]:
+    try:
+        flags.FLAGS(["compare.py", flag])
+    except flags.Error as error:
+        print(str(error).replace("\\n", " "))
+    else:
+        print("accepted")
+"""
 
-    with pytest.raises(flags.Error, match=expected):
-        compare.FLAGS(["compare.py", flag])
-    compare.FLAGS.unparse_flags()
+
+def test_flags_that_are_out_of_range():
+    expected = {
+        "--seeds=2": "accepted",
+        "--methods=halo,nothing": "of dense, magnitude, l1",
+        "--sparsities=0.5,1": "numbers in [0, 1)",
+        "--sparsities=": "numbers in [0, 1)",
+        "--finetune=much": "numbers in [0, 1)",
+        "--validation_split=1": "in (0, 1)",
+        '--settings={"halo": {}}': "JSON: lists of dicts by names of methods",
+        '--settings={"halo": [1]}': "JSON: lists of dicts by names of methods",
+        "--model=nothing": "lenet_300_100",
+    }
+    printed = subprocess.run(
+        [sys.executable, "-c", PARSE, *expected],
+        env={**os.environ, "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"},
+        check=True,
+        capture_output=True,
+        text=True,
+    ).stdout.splitlines()
+    for said, why in zip(printed, expected.values(), strict=True):
+        assert why in said
+
+
+def test_fine_tuning_must_leave_epochs_to_the_method(tmp_path):
+    run = subprocess.run(
+        [
+            *(sys.executable, EXAMPLES / "compare.py", "--methods=ltp"),
+            *("--epochs=4", "--finetune=0.5", f"--results={tmp_path / 'r.jsonl'}"),
+        ],
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 1
+    assert "--finetune must leave epochs to ltp" in run.stdout + run.stderr
+    assert not (tmp_path / "r.jsonl").exists()
 
 
 @pytest.mark.slow
