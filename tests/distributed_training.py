@@ -118,7 +118,7 @@ def train(way, scope, case, trail, kill):
         )
     callbacks = []
     if "target" in features:
-        callbacks.append(ks.SparsityTarget(0.5))
+        callbacks.append(ks.SparsityTarget(0.2))
     if trail:
         callbacks.append(ks.SparsityTrail(trail, resume=True))
     if kill:
