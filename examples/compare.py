@@ -77,8 +77,10 @@ def lists_by_method(text):
     return (
         isinstance(settings, dict)
         and {*settings} <= {*methods.METHODS}
-        and all(isinstance(each, list) for each in settings.values())
-        and all(isinstance(one, dict) for each in settings.values() for one in each)
+        and all(
+            isinstance(each, list) and all(isinstance(one, dict) for one in each)
+            for each in settings.values()
+        )
     )
 
 
@@ -87,8 +89,8 @@ flags.register_validator(
     lambda names: {*names} <= {*methods.METHODS},
     f"must be of {', '.join(methods.METHODS)}.",
 )
-flags.register_validator("sparsities", parts, "must be numbers in [0, 1).")
-flags.register_validator("finetune", parts, "must be numbers in [0, 1).")
+for name in ("sparsities", "finetune"):
+    flags.register_validator(name, parts, "must be numbers in [0, 1).")
 flags.register_validator(
     "validation_split", lambda part: 0 < part < 1, "must be in (0, 1)."
 )
@@ -102,10 +104,9 @@ flags.register_validator(
 def main(argv):
     del argv
     for name, part in itertools.product(FLAGS.methods, FLAGS.finetune):
-        method, part = methods.METHODS[name], float(part)
-        if round(method.pretrain * FLAGS.epochs) + round(part * FLAGS.epochs) >= (
-            FLAGS.epochs
-        ):
+        method = methods.METHODS[name]
+        _, epochs, _ = methods.phases(method, FLAGS.epochs, float(part))
+        if epochs < 1:
             raise app.UsageError(
                 f"--finetune must leave epochs to {name}, which takes "
                 f"{method.pretrain:.0%} of them to begin with. Received: "
@@ -145,7 +146,7 @@ def jobs():
         for name in ("model", "dataset", "validation_split", "epochs", "batch_size")
         + ("learning_rate", "momentum", "weight_decay", "recalibrate")
     }
-    if FLAGS.images:
+    if FLAGS.images:  # else not named, as in lines that are older than the flag
         conditions["images"] = FLAGS.images
     sparsities = [float(value) for value in FLAGS.sparsities]
     chosen = json.loads(FLAGS.settings)

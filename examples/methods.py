@@ -193,6 +193,12 @@ class Training:
         return epochs * math.ceil(len(data.train[0]) / self.batch_size)
 
 
+def phases(method, epochs, finetune):
+    """Epochs before `method`, with it, and of fine-tuning: `epochs` in all."""
+    before, after = round(method.pretrain * epochs), round(finetune * epochs)
+    return before, epochs - before - after, after
+
+
 def curve(network, data, method, settings, sparsities, training):
     """Trains `network` by `method`: sparsity and accuracies at each of `sparsities`.
 
@@ -207,9 +213,7 @@ def curve(network, data, method, settings, sparsities, training):
     Returns:
         List of dicts, one for each of `sparsities`.
     """
-    pretrain = round(method.pretrain * training.epochs)
-    finetune = round(training.finetune * training.epochs)
-    epochs = training.epochs - pretrain - finetune
+    pretrain, epochs, finetune = phases(method, training.epochs, training.finetune)
     steps = training.steps(data, epochs)
     dense = network()
     if pretrain:

@@ -141,9 +141,12 @@ class SparsityTarget(keras.callbacks.Callback):
         """Changes the strengths, `epochs` after the start of the training."""
         progress = epochs / self.params["epochs"]
         last, self._left = self._left, self._log_left()
-        strength = float(keras.ops.convert_to_numpy(self._governors[0].strength))
+        strengths = [
+            float(keras.ops.convert_to_numpy(governor.strength))
+            for governor in self._governors
+        ]
         # A strength that was changed tells, after a restart too, that it had begun.
-        begun = strength != 1 or self._left <= math.log(1 - _BEGUN * self.sparsity)
+        begun = strengths[0] != 1 or self._left <= math.log(1 - _BEGUN * self.sparsity)
         if not begun and progress < 0.5:
             return
         remaining = max(_APPROACH - progress, _CORRECTION)
@@ -153,9 +156,8 @@ class SparsityTarget(keras.callbacks.Callback):
         change = (needed - rate) / (abs(needed) + abs(rate) + _STILL)
         if needed < 0:
             change *= _ARRIVED
-        for governor in self._governors:
+        for governor, strength in zip(self._governors, strengths, strict=True):
             low, high = governor.strength_range
-            strength = float(keras.ops.convert_to_numpy(governor.strength))
             strength *= (high / low) ** (_CHANGE * change)
             governor.strength.assign(min(max(strength, low), high))
 

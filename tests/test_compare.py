@@ -20,6 +20,7 @@ import curves  # noqa: E402
 import data as data_sets  # noqa: E402
 import methods  # noqa: E402
 
+ENVIRONMENT = {**os.environ, "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"}
 RNG = np.random.default_rng(0)
 
 
@@ -175,7 +176,7 @@ def test_flags_that_are_out_of_range():
     }
     printed = subprocess.run(
         [sys.executable, "-c", PARSE, *expected],
-        env={**os.environ, "PYTHONPATH": f"{EXAMPLES}:{EXAMPLES.parent}"},
+        env=ENVIRONMENT,
         check=True,
         capture_output=True,
         text=True,
@@ -190,7 +191,7 @@ def test_fine_tuning_must_leave_epochs_to_the_method(tmp_path):
             *(sys.executable, EXAMPLES / "compare.py", "--methods=ltp"),
             *("--epochs=4", "--finetune=0.5", f"--results={tmp_path / 'r.jsonl'}"),
         ],
-        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent)},
+        env=ENVIRONMENT,
         capture_output=True,
         text=True,
     )
@@ -206,9 +207,8 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
         *("--epochs=2", "--finetune=0", "--sparsities=0.5", "--batch_size=64"),
         *(f"--results={tmp_path / 'r.jsonl'}", "--jobs=1"),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
     for seeds, recorded in [(1, 4), (2, 8)]:
-        subprocess.run([*command, f"--seeds={seeds}"], env=environment, check=True)
+        subprocess.run([*command, f"--seeds={seeds}"], env=ENVIRONMENT, check=True)
         lines = curves.read(tmp_path / "r.jsonl")
         assert len({curves.key(line) for line in lines}) == len(lines) == recorded
         # A line that a stop has cut does not swallow the next one.
@@ -222,8 +222,7 @@ def test_a_killed_comparison_leaves_no_training_behind(tmp_path):
         *(sys.executable, EXAMPLES / "compare.py", "--methods=magnitude,l1"),
         *("--epochs=1000", "--jobs=2", f"--results={tmp_path / 'r.jsonl'}"),
     ]
-    environment = {**os.environ, "PYTHONPATH": str(EXAMPLES.parent)}
-    comparison = subprocess.Popen(command, env=environment, start_new_session=True)
+    comparison = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True)
     group = comparison.pid
     try:
         # It, Python's tracker of resources, and two that train.

@@ -63,7 +63,6 @@ def test_halo_ends_where_the_prune_is_free():
 
 
 def test_halo_and_ltp_in_one_model_are_steered_each_in_its_range():
-    model = network(functools.partial(ks.LTP, l0=1e-7))
     dense = keras.Sequential(
         [keras.Input((40,)), layers.Dense(100, activation="relu"), layers.Dense(4)]
     )
