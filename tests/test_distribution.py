@@ -112,8 +112,6 @@ def results(folder):
 
 
 def assert_equal(received, expected, case, tolerance=2e-5):
-    if "target" in case:  # prices grow by up to 4 at a look, and rounding with them
-        tolerance *= 5
     names = [name for name in received if name.startswith(f"{case}/")]
     assert f"{case}/history/loss" in names
     for name in names:
