@@ -134,7 +134,8 @@ def main(argv):
 
 def end_last_line(path):
     """A line that a stop has cut must not swallow the next one."""
-    if path.exists() and not path.read_text().endswith("\n"):
+    text = path.read_text() if path.exists() else ""
+    if text and not text.endswith("\n"):
         with path.open("a") as file:
             file.write("\n")
 

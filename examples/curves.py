@@ -49,7 +49,7 @@ def chosen(lines):
     """Test accuracies by method, fine-tuning and target, of the chosen settings.
 
     Of several settings of a method that is taken, for each target, which has the best
-    mean accuracy on the validation images.
+    mean accuracy on the validation images, among those with the most seeds.
 
     Returns:
         Dict of `(method, finetune)` to a dict of each target to a list of points, one
@@ -65,9 +65,13 @@ def chosen(lines):
     best: dict = collections.defaultdict(dict)
     for (method, finetune, target, _), group in points.items():
         held = best[method, finetune].get(target)
-        if held is None or mean(group, "validation") > mean(held, "validation"):
+        if held is None or rank(group) > rank(held):
             best[method, finetune][target] = group
     return best
+
+
+def rank(points):
+    return len(points), mean(points, "validation")
 
 
 def mean(points, name="test"):

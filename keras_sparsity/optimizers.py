@@ -70,6 +70,8 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
         )
         self.optimizer = optimizer
         self.multiplier = multiplier
+        self._awaiting = lambda: []
+        self._positions: dict = {}
         config = original.get_config()
         # Two keys with Muon, which has an `adam_weight_decay` besides.
         decays = [key for key in config if key.endswith("weight_decay") and config[key]]
@@ -85,7 +87,10 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
 
     def _parts(self, variables, *columns):
         """Yields each optimizer with its rows of `variables` and `columns`."""
-        rows = list(zip(variables, *columns, strict=True))
+        rows = sorted(
+            zip(variables, *columns, strict=True),
+            key=lambda row: self._positions.get(id(row[0]), 0),
+        )
         # The main optimizer comes last. Once it has counted the step, its schedule is
         # one ahead, and so would be the rate of scales and thresholds.
         yield self.sparsity_optimizer, [r for r in rows if is_method_variable(r[0])]
@@ -94,15 +99,27 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
     def build(self, variables):
         if self.built:
             return
-        super().build(variables)
+        if _are_complete(variables):
+            super().build(variables)
+            self._build_parts(variables)
+        else:
+            # Before the first step, as `load_model` and `BackupAndRestore` ask for it.
+            # A method, because variables as an attribute would be tracked.
+            self._awaiting = lambda: variables
+
+    def _build_parts(self, variables):
+        # Optimizers restore by order, which must not depend on when scales were made.
+        ordered = _with_scales(variables)
+        self._positions = {id(v): position for position, v in enumerate(ordered)}
         for optimizer, rows in self._parts(variables):
             optimizer.build([variable for (variable,) in rows])
 
     def apply(self, grads, trainable_variables=None):
         if trainable_variables is None:
             trainable_variables = self._trainable_variables
-        else:
-            self.build(list(trainable_variables))
+        elif not self.built:
+            super().build(list(trainable_variables))
+            self._build_parts(list(trainable_variables))
         for optimizer, rows in self._parts(trainable_variables, grads):
             # A `LossScaleOptimizer` around this one sets its factor to None.
             optimizer.loss_scale_factor = self.loss_scale_factor
@@ -154,7 +171,9 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
         """Saves nothing: Keras saves the attributes that are optimizers by itself."""
 
     def load_own_variables(self, store):
-        """Loads nothing, see `save_own_variables`."""
+        """Loads nothing, but layers are loaded before: now they may have scales."""
+        if not self.built and _are_complete(self._awaiting()):
+            self._build_parts(_with_scales(self._awaiting()))
 
     def get_config(self):
         sparsity_optimizer = keras.saving.serialize_keras_object(
@@ -177,6 +196,20 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
             for key in ("optimizer", "sparsity_optimizer")
         }
         return cls(**{**config, **optimizers})
+
+
+def _are_complete(variables):
+    """Whether no penalty of `variables` has yet to make its scale, from the kernel."""
+    return all(getattr(v.regularizer, "built", True) for v in variables)
+
+
+def _with_scales(variables):
+    """`variables` and the scales of their penalties, each behind its kernel."""
+    ordered: dict = {}
+    for variable in variables:
+        scales = getattr(variable.regularizer, "trainable_variables", [])
+        ordered |= {id(each): each for each in (variable, *scales)}
+    return list(ordered.values())
 
 
 def _single_optimizer(name, identifier):

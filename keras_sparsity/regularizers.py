@@ -98,9 +98,10 @@ class HALO(KernelPenalty):
     The scales' learning rate matters as much as `xi` and `psi`: see
     `keras_sparsity.SparsityOptimizer`. Weight decay must not reach them.
 
-    The scale is made when the penalty is computed first. Where a callback restores a
-    training before that, as `BackupAndRestore` does on TensorFlow, read `model.losses`
-    once before `fit`; `sparsify` and `SparsityTrail` do so by themselves.
+    The scale is made when the penalty is computed first. `SparsityOptimizer` waits for
+    it. With another optimizer that is built before, as `load_model` and, on TensorFlow,
+    `BackupAndRestore` do, read `model.losses` once; `sparsify` and `SparsityTrail` do
+    so by themselves.
 
     A layer of your own that gives its `add_weight` a HALO must also keep it as an
     attribute, as Keras' layers do. Without, its scale is neither trained nor saved.
@@ -323,6 +324,7 @@ class MCP(KernelPenalty):
         super().__init__(trainable=trainable)
         self.lam = check_number("lam", lam, at_least=0)
         self.gamma = check_number("gamma", gamma, above=0)
+        self.built = True  # it has no weights to make
 
     def penalty(self, w):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""

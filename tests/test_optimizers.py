@@ -11,6 +11,7 @@ import pytest
 from keras import ops
 
 from keras_sparsity.optimizers import SparsityOptimizer
+from keras_sparsity.regularizers import HALO
 
 OPTIMIZERS = [
     keras.optimizers.Adadelta,
@@ -369,6 +370,68 @@ def test_training_goes_on_exactly_after_reloading(tmp_path):
     reloaded = keras.saving.load_model(tmp_path / "model.keras")
     fit(reloaded)
     assert_close(state(reloaded), state(uninterrupted), rtol=0)
+
+
+@keras.saving.register_keras_serializable("test_optimizers")
+class Crossed(keras.layers.Layer):
+    """Has its regularizers in another order than its kernels, all of one shape."""
+
+    def __init__(self, second=None, first=None, **kwargs):
+        super().__init__(**kwargs)
+        self.second = second or HALO(xi=1e-1, psi=1e-1)
+        self.first = first or HALO(xi=1e-2, psi=1e-2)
+
+    def build(self, input_shape):
+        self.kernels = [
+            self.add_weight(name=name, shape=(4, 4), regularizer=regularizer)
+            for name, regularizer in {"a": self.first, "b": self.second}.items()
+        ]
+
+    def call(self, inputs):
+        return ops.matmul(ops.matmul(inputs, self.kernels[0]), self.kernels[1])[:, :3]
+
+    def get_config(self):
+        serialize = keras.saving.serialize_keras_object
+        own = {"first": serialize(self.first), "second": serialize(self.second)}
+        return {**super().get_config(), **own}
+
+    @classmethod
+    def from_config(cls, config):
+        own = ("first", "second")
+        made = {k: keras.saving.deserialize_keras_object(config[k]) for k in own}
+        return cls(**{**config, **made})
+
+
+def compiled_without_scales(optimizer):
+    keras.utils.set_random_seed(0)
+    model = keras.Sequential([keras.Input((4,)), Crossed()])
+    model.compile(optimizer, loss="mse")
+    return model
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "with the weights"])
+@pytest.mark.parametrize("use_ema", [False, True])
+def test_scales_that_are_made_late_get_their_own_slots(tmp_path, late, use_ema):
+    optimizers = (demanding(momentum=0.9, use_ema=use_ema) for _ in range(3))
+    uninterrupted, interrupted, restarted = map(compiled_without_scales, optimizers)
+    fit(uninterrupted, epochs=2)
+    fit(interrupted)
+    interrupted.save_weights(tmp_path / "model.weights.h5")
+    if not late:
+        _ = restarted.losses  # makes the scales
+    restarted.optimizer.build(restarted.trainable_variables)  # as `BackupAndRestore`
+    restarted.load_weights(tmp_path / "model.weights.h5")
+    fit(restarted)
+    assert_close(state(restarted), state(uninterrupted), rtol=1e-4)
+
+
+def test_a_model_saved_before_training_trains_after_reloading(tmp_path):
+    model = compiled_without_scales(demanding())
+    model.save(tmp_path / "model.keras")
+    reloaded = keras.saving.load_model(tmp_path / "model.keras")
+    fit(model)
+    fit(reloaded)
+    assert_close(state(reloaded), state(model), rtol=0)
 
 
 def test_every_slot_is_stored_once(tmp_path):

@@ -358,7 +358,6 @@ def train_with_backup(directory, method, die, *others):
     if method == "HALO of the layers":
         dense = [layers.Dense(n, kernel_regularizer=ks.HALO()) for n in (8, 3)]
         model = keras.Sequential([keras.Input((6,)), *dense])
-        _ = model.losses  # makes the scales
     else:
         model = keras.Sequential([keras.Input((6,)), layers.Dense(8), layers.Dense(3)])
         model = ks.sparsify(model, METHODS[method])
