@@ -70,7 +70,7 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
         )
         self.optimizer = optimizer
         self.multiplier = multiplier
-        self._awaiting = lambda: []
+        self._awaiting = None
         self._positions: dict = {}
         config = original.get_config()
         # Two keys with Muon, which has an `adam_weight_decay` besides.
@@ -172,8 +172,10 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
 
     def load_own_variables(self, store):
         """Loads nothing, but layers are loaded before: now they may have scales."""
-        if not self.built and _are_complete(self._awaiting()):
-            self._build_parts(_with_scales(self._awaiting()))
+        if self._awaiting is not None and not self.built:
+            variables = self._awaiting()
+            if _are_complete(variables):
+                self._build_parts(_with_scales(variables))
 
     def get_config(self):
         sparsity_optimizer = keras.saving.serialize_keras_object(

@@ -409,6 +409,15 @@ def compiled_without_scales(optimizer):
     return model
 
 
+def test_weights_that_are_loaded_before_the_first_step(tmp_path):
+    model, loaded = (compiled(demanding()) for _ in range(2))
+    model.save_weights(tmp_path / "model.weights.h5")
+    loaded.load_weights(tmp_path / "model.weights.h5")
+    fit(model)
+    fit(loaded)
+    assert_close(state(loaded), state(model), rtol=0)
+
+
 @pytest.mark.parametrize("late", [False, True], ids=["at once", "with the weights"])
 @pytest.mark.parametrize("use_ema", [False, True])
 def test_scales_that_are_made_late_get_their_own_slots(tmp_path, late, use_ema):
