@@ -1,6 +1,7 @@
 """The callback that leads a training to the sparsity asked for."""
 
 import math
+import warnings
 
 import keras
 
@@ -33,6 +34,9 @@ _ARRIVED = 0.25
 # half of the training is over, being behind is no reason to push.
 _BEGUN = 0.2
 
+# A target is missed by so much, or by so much of the weights that were to be left.
+_MISSED, _MISSED_OF_LEFT = 0.02, 0.25
+
 
 class SparsityTarget(keras.callbacks.Callback):
     """Steers HALO or LTP so that training ends at the sparsity asked for.
@@ -64,6 +68,8 @@ class SparsityTarget(keras.callbacks.Callback):
     low: LTP with a tenth of the `l0` that would do without. And both methods need a
     learning rate that still moves something when the target comes near: one that falls
     evenly, as along a cosine, serves better than one that falls in steps early on.
+    A warning says so where training ends off the target by more than 0.02, or by more
+    than a quarter of the weights that were to be left.
 
     Args:
         sparsity: Float in (0, 1): the part of the weights that the methods govern
@@ -136,6 +142,21 @@ class SparsityTarget(keras.callbacks.Callback):
                 "then, and a trail keeps what it finds. Received: the other order."
             )
         self._steer(epoch + 1, 1)
+
+    def on_train_end(self, logs=None):
+        if self._left is None:
+            return  # nothing was trained
+        reached = 1 - math.exp(self._log_left())
+        off = min(_MISSED, _MISSED_OF_LEFT * (1 - self.sparsity))
+        if abs(reached - self.sparsity) > off:
+            coefficients = "higher" if reached < self.sparsity else "lower"
+            warnings.warn(
+                f"`SparsityTarget` was to lead to a sparsity of {self.sparsity}, and "
+                f"training ended at {reached:.4f}: train for more epochs, with a "
+                f"learning rate that falls later, or begin with {coefficients} "
+                "coefficients (`l0` of LTP, `xi` and `psi` of HALO).",
+                stacklevel=2,
+            )
 
     def _steer(self, epochs, looks_per_epoch):
         """Changes the strengths, `epochs` after the start of the training."""

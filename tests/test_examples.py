@@ -154,7 +154,7 @@ def test_every_method_reaches_the_sparsity(run, tmp_path, method):
 @pytest.mark.parametrize("method", ["ltp", "halo"])
 def test_a_sparsity_is_steered_to(run, tmp_path, method):
     short = ("--model=lenet_300_100", "--pretrain_epochs=0", "--epochs=12")
-    coefficients = ("--l0=1e-5", "--xi=5e-6", "--psi=1e-2", "--schedule=cosine")
+    coefficients = ("--l0=1e-5", "--xi=5e-6", "--psi=2e-2", "--schedule=cosine")
     run(f"--method={method}", "--sparsity=0.9", "--steer", *short, *coefficients)
     model = keras.saving.load_model(tmp_path / "sparse.keras")
     assert zeros(model) == pytest.approx(0.9, abs=0.005)

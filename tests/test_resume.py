@@ -170,6 +170,7 @@ def train_to_a_target_and_die(directory):
     train(directory, callbacks=[ks.SparsityTarget(0.5), KillAt(2, 1)])
 
 
+@pytest.mark.filterwarnings("ignore:`SparsityTarget` was to lead")  # in 4 epochs
 def test_a_steered_training_goes_on(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     expected, _ = train(whole, callbacks=[ks.SparsityTarget(0.5)])

@@ -51,6 +51,37 @@ def test_ltp_ends_at_the_sparsity(sparsity):
     assert abs(part_pruned(model) - sparsity) < 0.005
 
 
+@pytest.mark.parametrize(
+    ("sparsity", "reached", "word"),
+    [
+        (0.9, 0.881, None),
+        (0.9, 0.879, "higher"),
+        (0.9, 0.921, "lower"),
+        (0.99, 0.9876, None),
+        (0.99, 0.987, "higher"),
+        (0.2, 0.1, "higher"),
+    ],
+)
+def test_a_target_that_is_missed_is_told(sparsity, reached, word):
+    model = network(LTP)
+    target = ks.SparsityTarget(sparsity)
+    target.set_model(model)
+    target.set_params({"epochs": 10, "steps": 10})
+    target.on_train_begin()
+    target.on_train_end()  # nothing was trained
+    target.on_epoch_begin(0)
+    for governor in governors(model):
+        size = math.prod(governor.gated[0].shape)
+        kernel = np.where(np.arange(size) < round(reached * size), 1e-3, 1.0)
+        governor.gated[0].assign(kernel.reshape(governor.gated[0].shape))
+        governor.thresholds[0].assign(0.1)
+    if word is None:
+        target.on_train_end()
+    else:
+        with pytest.warns(UserWarning, match=f"{sparsity}, and .* {word} coeff"):
+            target.on_train_end()
+
+
 def test_halo_ends_where_the_prune_is_free():
     model = network(ks.HALO(xi=5e-6, psi=2e-2))
     train(model, ks.SparsityTarget(0.9))
