@@ -6,6 +6,7 @@ from keras_sparsity.accelerate import accelerate
 from keras_sparsity.compact import compact
 from keras_sparsity.masks import KeepZeros, MagnitudePruning
 from keras_sparsity.optimizers import SparsityOptimizer
+from keras_sparsity.pruning import prune, pruning_curve
 from keras_sparsity.recalibration import recalibrate
 from keras_sparsity.record import Trail
 from keras_sparsity.regularizers import HALO, MCP, SWS
@@ -14,7 +15,7 @@ from keras_sparsity.saving import export_litert, save_model
 from keras_sparsity.schedules import ConstantSparsity, CubicSparsity
 from keras_sparsity.target import SparsityTarget
 from keras_sparsity.trail import SparsityTrail
-from keras_sparsity.transform import finalize, prune, pruning_curve, sparsify
+from keras_sparsity.transform import finalize, sparsify
 from keras_sparsity.wrappers import LTP, Penalized
 
 __version__ = "0.1.0"

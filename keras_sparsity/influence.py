@@ -9,8 +9,9 @@ import dataclasses
 
 import numpy as np
 
+from keras_sparsity.layer_kinds import KINDS, Barrier
 from keras_sparsity.selection import calls, is_rewritable
-from keras_sparsity.units import KINDS, Barrier, Call, Obstacle, Units
+from keras_sparsity.units import Call, Obstacle, Units
 
 # Others, as those of adapters and quantized layers, are not understood.
 _WEIGHTS = {"alpha", "beta", "bias", "gamma", "kernel", "moving_mean"}

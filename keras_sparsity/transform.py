@@ -1,21 +1,14 @@
 """From a dense model to a sparse one, and from that to a plain one."""
 
-import collections.abc
 import functools
-import math
 
 import keras
-import numpy as np
-from keras import tree
 
-from keras_sparsity.checks import check_sparsity
 from keras_sparsity.masks import KeepZeros
 from keras_sparsity.rebuild import Rebuilt, check_rebuildable, clone
 from keras_sparsity.selection import (
-    Governed,
     check_filters,
     check_weights,
-    full_precision,
     governed_weights,
     governors,
     kernels,
@@ -187,174 +180,10 @@ def finalize(model, keep_zeros=False):
                 "that no method governs, without a zero in its trainable weights of "
                 "rank 2 or more."
             )
-    return _plain(model, values, kept)
+    return plain(model, values, kept)
 
 
-def prune(model, sparsity, scope="global", filters=None):
-    """A new plain model in which the smallest weights are zero.
-
-    ```
-    floor(sparsity * N) of the N effective weights that are selected are zero
-    ```
-
-    Selected are the governed weights; all trainable weights of rank 2 or more where
-    nothing is governed. Effective is what inference computes with: weights that a gate
-    has closed are zero already, count, and are never filled again; there may be more
-    of them than asked for. Ties go by position: the order of `model.weights`, and the
-    row-major order in a weight.
-
-    Args:
-        model: A built Sequential or Functional `keras.Model`.
-        sparsity: Float in [0, 1), the part of the selected weights that is zero.
-        scope: `"global"`: one pool of all selected weights; `"layer"`: each layer to
-            that sparsity. Defaults to `"global"`.
-        filters: Which layers: see `sparsify`. Weights of others are not pruned.
-
-    Returns:
-        An uncompiled plain model that shares nothing with `model`: see `finalize`.
-
-    Raises:
-        TypeError: If the model is subclassed, or `filters` is something else.
-        ValueError: If the model is not built, `sparsity` or `scope` is out of range,
-            `filters` match no layer, nothing is selected, or a weight is NaN.
-
-    Example:
-
-    ```python
-    small = ks.prune(model, 0.95)
-    ```
-
-    Reference:
-
-    - [Seto et al., HALO](https://arxiv.org/abs/2008.10183): the last step.
-    """
-    check_rebuildable(model, "prune")
-    sparsity = check_sparsity("sparsity", sparsity)
-    if scope not in ("global", "layer"):
-        raise ValueError(
-            f'Argument `scope` must be "global" or "layer". Received: scope={scope!r}'
-        )
-    check_filters(filters)
-    check_weights(model)
-    return _plain(model, pruned_values(model, sparsity, scope, filters))
-
-
-def pruning_curve(
-    model,
-    x,
-    y=None,
-    sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99),
-    batch_size: int | None = None,
-):
-    """The compiled metrics of `prune(model, s)` for each `s`.
-
-    Args:
-        model: A compiled Sequential or Functional `keras.Model`.
-        x, y: What `model.evaluate` takes, but no generator: they are gone through once
-            for each sparsity.
-        sparsities: Sequence of floats in [0, 1).
-        batch_size: Integer, samples per batch of `model.evaluate`, for arrays.
-            Defaults to `None`: what Keras takes, 32.
-
-    Returns:
-        A list of dicts, one for each sparsity: `"sparsity"` and the metrics.
-
-    Raises:
-        TypeError: If `x` is a generator, or `sparsities` is no sequence.
-        ValueError: If the model is not compiled; else as `prune`.
-
-    Example:
-
-    ```python
-    for point in ks.pruning_curve(model, x_val, y_val, [0.9, 0.95, 0.98]):
-        print(point["sparsity"], point["accuracy"])
-    ```
-    """
-    check_rebuildable(model, "pruning_curve")
-    if not model.compiled:
-        raise ValueError(
-            "Argument `model` of `pruning_curve` must be compiled with the metrics to "
-            "compute. Received a model that is not compiled."
-        )
-    if isinstance(x, collections.abc.Iterator):
-        raise TypeError(
-            "Argument `x` must be arrays or a dataset, which every sparsity can be "
-            f"evaluated on. Received: x={x!r}, which the first one would use up."
-        )
-    if not np.iterable(sparsities):
-        raise TypeError(
-            "Argument `sparsities` must be a sequence of numbers in [0, 1). Received: "
-            f"sparsities={sparsities!r}"
-        )
-    sparsities = [check_sparsity("sparsities", sparsity) for sparsity in sparsities]
-    check_weights(model)
-    values = [pruned_values(model, sparsity) for sparsity in sparsities]
-    small = _plain(model, {})
-    # The public way goes through a file's form, and so fails for a loss or a metric
-    # that is a function nobody registered.
-    small.compile(
-        **tree.map_structure(
-            # Metrics have state, which is the model's own.
-            lambda value: clone(value) if isinstance(value, keras.Metric) else value,
-            {**model._compile_config.config, "optimizer": None},
-        )
-    )
-    variables = dict(zip(map(id, plain_weights(model)), small.weights, strict=True))
-    curve = []
-    for sparsity, weights in zip(sparsities, values, strict=True):
-        for key, value in weights.items():
-            variables[key].assign(value)
-        metrics = small.evaluate(x, y, batch_size, verbose=0, return_dict=True)
-        curve.append({"sparsity": sparsity, **metrics})
-    return curve
-
-
-def pruned_values(model, sparsity, scope="global", filters=None):
-    """`{id(variable): array}` of the selected weights of `model`, pruned."""
-    governed = {id(g.variable): g for g in governed_weights(model)}
-    selected = [layer for layer in leaves(model) if matches(layer, filters)]
-    if not selected:
-        raise ValueError(no_match(model, filters))
-    pools = []
-    seen: set[int] = set()
-    for layer in selected:
-        if governed:
-            pool = [governed[id(w)] for w in layer.weights if id(w) in governed]
-        else:
-            pool = [Governed(w, "", full_precision(w)) for w in prunable(layer)]
-        pools.append([g for g in pool if id(g.variable) not in seen])
-        seen.update(id(g.variable) for g in pools[-1])
-    if not seen:
-        raise ValueError(
-            "Nothing to prune: expected a governed weight, or a trainable weight of "
-            f"rank 2 or more, in one of the layers {[s.name for s in selected]}. "
-            "Received none."
-        )
-    if scope == "global":
-        pools = [[governed for pool in pools for governed in pool]]
-    # What is governed but not selected keeps its effective values.
-    values = {key: to_array(g.effective) for key, g in governed.items()}
-    for pool in pools:
-        arrays = {id(g.variable): to_array(g.effective) for g in pool}
-        values.update(_prune_pool(arrays, sparsity))
-    return values
-
-
-def _prune_pool(arrays, sparsity):
-    if not arrays:
-        return {}
-    flat = np.concatenate([a.ravel() for a in arrays.values()])
-    # A stable sort, so that ties go by position.
-    order = np.argsort(np.abs(flat), kind="stable")
-    flat[order[: math.floor(sparsity * flat.size)]] = 0
-    ends = np.cumsum([a.size for a in arrays.values()])[:-1]
-    return {
-        key: part.reshape(a.shape)
-        for (key, a), part in zip(arrays.items(), np.split(flat, ends), strict=True)
-    }
-
-
-def _plain(model, values, kept=frozenset()):
+def plain(model, values, kept=frozenset()):
     """`model` without its methods, with `{id(variable): array}` for its weights.
 
     The zeros of the variables whose ids are `kept` get masks.

@@ -20,9 +20,9 @@ FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "products", "record"}
     | {"replicas", "schedules", "selection", "state", "substitution", "timing"}
     | {"units"},
-    {"counting", "influence", "macs", "masks", "optimizers", "rebuild"}
+    {"counting", "influence", "layer_kinds", "macs", "masks", "optimizers", "rebuild"}
     | {"recalibration", "regularizers", "report", "saving", "sparse_layer", "wrappers"},
-    {"compact", "target", "transform"},
+    {"compact", "pruning", "target", "transform"},
     {"accelerate", "trail"},
     {"__init__"},
     {"__main__"},
@@ -31,7 +31,9 @@ FLOOR_OF = {module: floor for floor, modules in enumerate(FLOORS) for module in 
 
 # Modules that may import one of their own floor.
 NEIGHBORS = {
+    ("influence", "layer_kinds"),
     ("macs", "rebuild"),
+    ("pruning", "transform"),
     ("record", "checks"),
     ("report", "influence"),
     ("report", "macs"),
@@ -41,7 +43,6 @@ NEIGHBORS = {
     ("state", "selection"),
     ("substitution", "selection"),
     ("timing", "selection"),
-    ("units", "selection"),
 }
 
 # What is imported only inside the function that uses it.
@@ -57,12 +58,12 @@ PRIVATE = {
     ("macs", "_layers"): "the layers in a layer that is no model",
     ("optimizers", "_iterations"): "one count of steps for two optimizers",
     ("optimizers", "_model_variables_moving_average"): "the averages of two optimizers",
+    ("pruning", "_compile_config"): "losses and metrics that are not registered",
     ("selection", "_layers"): "the layers in a layer that is no model",
     ("selection", "_nodes_by_depth"): "every call of a layer, and the sizes there",
     ("selection", "_trainable_variables"): "what a frozen layer would train",
     ("substitution", "_clear_losses"): "losses of a call that are counted elsewhere",
     ("trail", "_initial_epoch"): "the epoch at which `fit` begins",
-    ("transform", "_compile_config"): "losses and metrics that are not registered",
 }
 PRIVATE_MODULES = {
     ("bounds", "keras.src.backend.common"): "which optimizer applies a constraint",

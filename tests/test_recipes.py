@@ -11,7 +11,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parents[1] / "examples"))
 
 import models  # noqa: E402
 import recipes  # noqa: E402
-import train  # noqa: E402
+import train_flags  # noqa: E402
 
 
 @pytest.fixture
@@ -21,7 +21,7 @@ def settings():
 
         def settings(*arguments):
             flags.FLAGS(["train.py", *arguments])
-            train.fill_defaults()
+            train_flags.fill_defaults()
             return flags.FLAGS
 
         yield settings
