@@ -36,7 +36,9 @@ flags.DEFINE_string(
     "settings",
     "{}",
     "Settings to choose from, instead of those in methods.py: JSON, a list of dicts by "
-    'the name of the method. For example \'{"halo": [{"xi": 1e-6, "psi": 1e-3}]}\'.',
+    'the name of the method. For example \'{"halo": [{"xi": 1e-6, "psi": 1e-3}]}\'. '
+    "Every method has two more: `multiplier`, the learning rate of its scales and "
+    "thresholds over that of the weights, and `pretrain`, the dense part of the epochs.",
 )
 flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.98", "0.99"], "In [0, 1).")
 flags.DEFINE_integer("seeds", 3, "Trainings of each kind.", lower_bound=1)
@@ -103,19 +105,20 @@ flags.register_validator(
 
 def main(argv):
     del argv
-    for name, part in itertools.product(FLAGS.methods, FLAGS.finetune):
-        method = methods.METHODS[name]
-        _, epochs, _ = methods.phases(method, FLAGS.epochs, float(part))
+    asked = list(jobs())
+    for job in asked:
+        method, _ = methods.chosen(methods.METHODS[job["method"]], job["settings"])
+        _, epochs, _ = methods.phases(method, job["epochs"], job["finetune"])
         if epochs < 1:
             raise app.UsageError(
-                f"--finetune must leave epochs to {name}, which takes "
+                f"--finetune must leave epochs to {job['method']}, which takes "
                 f"{method.pretrain:.0%} of them to begin with. Received: "
-                f"--finetune={part} --epochs={FLAGS.epochs}"
+                f"--finetune={job['finetune']} --epochs={FLAGS.epochs}"
             )
     results = pathlib.Path(FLAGS.results)
     results.parent.mkdir(parents=True, exist_ok=True)
     done = {curves.key(line) for line in curves.read(results)}
-    todo = [job for job in jobs() if curves.key(job) not in done]
+    todo = [job for job in asked if curves.key(job) not in done]
     print(f"{len(done)} trainings recorded in {results}, {len(todo)} to do")
     bar = keras.utils.Progbar(len(todo), unit_name="training")
     if todo:

@@ -25,7 +25,8 @@ class Method:
     Attributes:
         governs: Callable of the target, the number of steps and the settings, which
             are keyword arguments: the method, for `ks.sparsify`.
-        settings: List of dicts of which to choose one, on validation data.
+        settings: Dicts of which to choose one, on validation data: arguments of the
+            method, and `pretrain` or `multiplier` where they are to differ.
         pretrain: Part of the epochs that train the dense network before.
         targets: Whether each sparsity takes a training of its own. If not, one is
             pruned to each of them.
@@ -193,6 +194,13 @@ class Training:
         return epochs * math.ceil(len(data.train[0]) / self.batch_size)
 
 
+def chosen(method, settings):
+    """`method` as `settings` want it, and those that are arguments for `governs`."""
+    own = settings.keys() & {"pretrain", "multiplier"}
+    arguments = {name: settings[name] for name in settings.keys() - own}
+    return dataclasses.replace(method, **{n: settings[n] for n in own}), arguments
+
+
 def phases(method, epochs, finetune):
     """Epochs before `method`, with it, and of fine-tuning: `epochs` in all."""
     before, after = round(method.pretrain * epochs), round(finetune * epochs)
@@ -213,6 +221,7 @@ def curve(network, data, method, settings, sparsities, training):
     Returns:
         List of dicts, one for each of `sparsities`.
     """
+    method, arguments = chosen(method, settings)
     pretrain, epochs, finetune = phases(method, training.epochs, training.finetune)
     steps = training.steps(data, epochs)
     dense = network()
@@ -220,7 +229,7 @@ def curve(network, data, method, settings, sparsities, training):
         training.fit(dense, data, pretrain, falls=not method.steady)
 
     def governed(target):
-        governs = method.governs(target, steps, **settings)
+        governs = method.governs(target, steps, **arguments)
         model = dense if governs is None else ks.sparsify(dense, governs)
         callbacks = method.callbacks(target, steps)
         falls = not (method.steady and finetune)

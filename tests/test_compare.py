@@ -82,6 +82,16 @@ def test_ltp_is_steered():
     assert point["sparsity"] > 0.1
 
 
+def test_settings_may_tell_how_a_method_trains():
+    ltp = methods.METHODS["ltp"]
+    settings = {"l0": 1e-3, "pretrain": 0.25, "multiplier": 3}
+    method, arguments = methods.chosen(ltp, settings)
+    assert arguments == {"l0": 1e-3}
+    assert method.multiplier == 3 != ltp.multiplier
+    assert methods.phases(method, 20, 0.2) == (5, 11, 4)
+    assert methods.phases(ltp, 20, 0.2) == (10, 6, 4)
+
+
 def test_one_cut_for_all_weights():
     model = ks.sparsify(network(), ks.KeepZeros)
     callback = methods.GlobalMagnitude(ks.ConstantSparsity(0.7))
