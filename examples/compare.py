@@ -80,9 +80,18 @@ def lists_by_method(text):
         isinstance(settings, dict)
         and {*settings} <= {*methods.METHODS}
         and all(
-            isinstance(each, list) and all(isinstance(one, dict) for one in each)
+            isinstance(each, list) and all(are_settings(one) for one in each)
             for each in settings.values()
         )
+    )
+
+
+def are_settings(one):
+    return (
+        isinstance(one, dict)
+        and parts([one.get("pretrain", 0)])
+        and all(isinstance(value, (int, float)) for value in one.values())
+        and one.get("multiplier", 1) > 0
     )
 
 
@@ -99,7 +108,8 @@ flags.register_validator(
 flags.register_validator(
     "settings",
     lists_by_method,
-    f"must be JSON: lists of dicts by names of methods: {', '.join(methods.METHODS)}.",
+    "must be JSON: lists of dicts of numbers by names of methods: "
+    f"{', '.join(methods.METHODS)}; `pretrain` in [0, 1), `multiplier` > 0.",
 )
 
 
@@ -112,7 +122,7 @@ def main(argv):
         if epochs < 1:
             raise app.UsageError(
                 f"--finetune must leave epochs to {job['method']}, which takes "
-                f"{method.pretrain:.0%} of them to begin with. Received: "
+                f"{method.pretrain:.0%} of them to begin with (`pretrain`). Received: "
                 f"--finetune={job['finetune']} --epochs={FLAGS.epochs}"
             )
     results = pathlib.Path(FLAGS.results)

@@ -49,7 +49,7 @@ def chosen(lines):
     """Test accuracies by method, fine-tuning and target, of the chosen settings.
 
     Of several settings of a method that is taken, for each target, which has the best
-    mean accuracy on the validation images, among those with the most seeds.
+    mean accuracy on the validation images, among those with the most trainings.
 
     Returns:
         Dict of `(method, finetune)` to a dict of each target to a list of points, one

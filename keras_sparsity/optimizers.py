@@ -1,5 +1,7 @@
 """An optimizer that gives scales and thresholds a learning rate of their own."""
 
+from collections.abc import Callable
+
 import keras
 
 from keras_sparsity.checks import check_number
@@ -70,8 +72,8 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
         )
         self.optimizer = optimizer
         self.multiplier = multiplier
-        self._awaiting = None
-        self._positions: dict = {}
+        self._awaited: Callable[[], list] = lambda: []
+        self._positions: dict[int, int] = {}
         config = original.get_config()
         # Two keys with Muon, which has an `adam_weight_decay` besides.
         decays = [key for key in config if key.endswith("weight_decay") and config[key]]
@@ -97,17 +99,26 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
         yield self.optimizer, [r for r in rows if not is_method_variable(r[0])]
 
     def build(self, variables):
+        """Builds the two optimizers, or waits for scales that are not made yet.
+
+        A HALO that is given to a layer makes its scale in the first step, and this may
+        be called before: by `load_model`, by `BackupAndRestore`.
+        """
         if self.built:
             return
         if _are_complete(variables):
-            super().build(variables)
-            self._build_parts(variables)
+            self._build_all(variables)
         else:
-            # Before the first step, as `load_model` and `BackupAndRestore` ask for it.
-            # A method, because variables as an attribute would be tracked.
-            self._awaiting = lambda: variables
+            # A function, because variables as an attribute would be tracked.
+            self._awaited = lambda: variables
+
+    def _build_all(self, variables):
+        super().build(variables)
+        self._build_parts(variables)
 
     def _build_parts(self, variables):
+        if self.optimizer.built:  # since weights were loaded
+            return
         # Optimizers restore by order, which must not depend on when scales were made.
         ordered = _with_scales(variables)
         self._positions = {id(v): position for position, v in enumerate(ordered)}
@@ -116,10 +127,9 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
 
     def apply(self, grads, trainable_variables=None):
         if trainable_variables is None:
-            trainable_variables = self._trainable_variables
-        elif not self.built:
-            super().build(list(trainable_variables))
-            self._build_parts(list(trainable_variables))
+            trainable_variables = self._trainable_variables or self._awaited()
+        if not self.built:
+            self._build_all(list(trainable_variables))
         for optimizer, rows in self._parts(trainable_variables, grads):
             # A `LossScaleOptimizer` around this one sets its factor to None.
             optimizer.loss_scale_factor = self.loss_scale_factor
@@ -129,7 +139,18 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
                 # main optimizer whose weights are all frozen would stand still.
                 optimizer._iterations.assign_add(1)
 
+    def stateless_apply(self, optimizer_variables, grads, trainable_variables):
+        if not self.built and self._awaited():
+            raise ValueError(
+                "The optimizer waits for scales that no penalty has made yet: read "
+                "`model.losses` before `optimizer.build(model.trainable_variables)`. "
+                "Received a call before."
+            )
+        return super().stateless_apply(optimizer_variables, grads, trainable_variables)
+
     def finalize_variable_values(self, var_list):
+        if not self.built:
+            self._build_all(list(var_list))
         for optimizer, rows in self._parts(var_list):
             optimizer.finalize_variable_values([variable for (variable,) in rows])
 
@@ -157,6 +178,12 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
     @property
     def _model_variables_moving_average(self):
         # The callback `SwapEMAWeights` looks here for an average of every variable.
+        if not self.built:
+            raise ValueError(
+                "`SwapEMAWeights` needs an optimizer that knows all variables of the "
+                "model. Call `optimizer.build(model.trainable_variables)` once more "
+                "after weights were loaded. Received one that waits for scales."
+            )
         averages: dict = {}
         for optimizer, rows in self._parts(self._trainable_variables):
             ids = [id(variable) for (variable,) in rows]
@@ -171,11 +198,14 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
         """Saves nothing: Keras saves the attributes that are optimizers by itself."""
 
     def load_own_variables(self, store):
-        """Loads nothing, but layers are loaded before: now they may have scales."""
-        if self._awaiting is not None and not self.built:
-            variables = self._awaiting()
-            if _are_complete(variables):
-                self._build_parts(_with_scales(variables))
+        """Loads nothing, but builds the two optimizers, which are loaded next.
+
+        Keras has loaded the layers before, and if the file has their scales, these are
+        there now.
+        """
+        variables = self._awaited()
+        if variables and not self.built and _are_complete(variables):
+            self._build_parts(_with_scales(variables))
 
     def get_config(self):
         sparsity_optimizer = keras.saving.serialize_keras_object(
@@ -201,17 +231,21 @@ class SparsityOptimizer(keras.optimizers.Optimizer):
 
 
 def _are_complete(variables):
-    """Whether no penalty of `variables` has yet to make its scale, from the kernel."""
-    return all(getattr(v.regularizer, "built", True) for v in variables)
+    """Whether the penalties of `variables` have made their scales, if they need any."""
+    return all(getattr(_regularizer(v), "built", True) for v in variables)
 
 
 def _with_scales(variables):
     """`variables` and the scales of their penalties, each behind its kernel."""
     ordered: dict = {}
     for variable in variables:
-        scales = getattr(variable.regularizer, "trainable_variables", [])
+        scales = getattr(_regularizer(variable), "trainable_variables", [])
         ordered |= {id(each): each for each in (variable, *scales)}
     return list(ordered.values())
+
+
+def _regularizer(variable):
+    return getattr(variable, "regularizer", None)  # a `tf.Variable` has none
 
 
 def _single_optimizer(name, identifier):

@@ -99,9 +99,10 @@ class HALO(KernelPenalty):
     `keras_sparsity.SparsityOptimizer`. Weight decay must not reach them.
 
     The scale is made when the penalty is computed first. `SparsityOptimizer` waits for
-    it. With another optimizer that is built before, as `load_model` and, on TensorFlow,
-    `BackupAndRestore` do, read `model.losses` once; `sparsify` and `SparsityTrail` do
-    so by themselves.
+    it where it is built before, as `load_model` and, on TensorFlow, `BackupAndRestore`
+    do. Other optimizers refuse it as unknown then, and the `LossScaleOptimizer` of
+    mixed_float16 loses its state: read `model.losses` once before. `sparsify` and
+    `SparsityTrail` do so by themselves.
 
     A layer of your own that gives its `add_weight` a HALO must also keep it as an
     attribute, as Keras' layers do. Without, its scale is neither trained nor saved.
@@ -324,7 +325,7 @@ class MCP(KernelPenalty):
         super().__init__(trainable=trainable)
         self.lam = check_number("lam", lam, at_least=0)
         self.gamma = check_number("gamma", gamma, above=0)
-        self.built = True  # it has no weights to make
+        self.built = True  # or `SparsityOptimizer` would wait for weights of it
 
     def penalty(self, w):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""

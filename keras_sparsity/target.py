@@ -152,9 +152,10 @@ class SparsityTarget(keras.callbacks.Callback):
             coefficients = "higher" if reached < self.sparsity else "lower"
             warnings.warn(
                 f"`SparsityTarget` was to lead to a sparsity of {self.sparsity}, and "
-                f"training ended at {reached:.4f}: train for more epochs, with a "
-                f"learning rate that falls later, or begin with {coefficients} "
-                "coefficients (`l0` of LTP, `xi` and `psi` of HALO).",
+                f"training ended at {reached:.4f} after {self._epoch + 1} of "
+                f"{self.params['epochs']} epochs. What leads nearer: more epochs, a "
+                f"learning rate that falls later, or {coefficients} coefficients to "
+                "begin with (`l0` of LTP, `xi` and `psi` of HALO).",
                 stacklevel=2,
             )
 

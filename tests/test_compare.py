@@ -185,8 +185,12 @@ def test_flags_that_are_out_of_range():
         "--sparsities=": "numbers in [0, 1)",
         "--finetune=much": "numbers in [0, 1)",
         "--validation_split=1": "in (0, 1)",
-        '--settings={"halo": {}}': "JSON: lists of dicts by names of methods",
-        '--settings={"halo": [1]}': "JSON: lists of dicts by names of methods",
+        '--settings={"halo": {}}': "JSON: lists of dicts of numbers by names",
+        '--settings={"halo": [1]}': "JSON: lists of dicts of numbers by names",
+        '--settings={"halo": [{"xi": "1"}]}': "JSON: lists of dicts of numbers by names",
+        '--settings={"ltp": [{"pretrain": 1}]}': "`pretrain` in [0, 1)",
+        '--settings={"ltp": [{"multiplier": 0}]}': "`multiplier` > 0",
+        '--settings={"ltp": [{"l0": 1, "multiplier": 3}]}': "accepted",
         "--model=nothing": "lenet_300_100",
     }
     printed = subprocess.run(

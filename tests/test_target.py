@@ -78,7 +78,7 @@ def test_a_target_that_is_missed_is_told(sparsity, reached, word):
     if word is None:
         target.on_train_end()
     else:
-        with pytest.warns(UserWarning, match=f"{sparsity}, and .* {word} coeff"):
+        with pytest.warns(UserWarning, match=f"{sparsity}, and .* 1 of 10 .* {word} "):
             target.on_train_end()
 
 
