@@ -180,6 +180,7 @@ for flag in sys.argv[1:]:
 def test_flags_that_are_out_of_range():
     expected = {
         "--seeds=2": "accepted",
+        '--settings={"ltp": [{"l0": 1, "multiplier": 3}]}': "accepted",
         "--methods=halo,nothing": "of dense, magnitude, l1",
         "--sparsities=0.5,1": "numbers in [0, 1)",
         "--sparsities=": "numbers in [0, 1)",
@@ -187,10 +188,9 @@ def test_flags_that_are_out_of_range():
         "--validation_split=1": "in (0, 1)",
         '--settings={"halo": {}}': "JSON: lists of dicts of numbers by names",
         '--settings={"halo": [1]}': "JSON: lists of dicts of numbers by names",
-        '--settings={"halo": [{"xi": "1"}]}': "JSON: lists of dicts of numbers by names",
+        '--settings={"halo": [{"xi": "1"}]}': "lists of dicts of numbers by names",
         '--settings={"ltp": [{"pretrain": 1}]}': "`pretrain` in [0, 1)",
         '--settings={"ltp": [{"multiplier": 0}]}': "`multiplier` > 0",
-        '--settings={"ltp": [{"l0": 1, "multiplier": 3}]}': "accepted",
         "--model=nothing": "lenet_300_100",
     }
     printed = subprocess.run(
