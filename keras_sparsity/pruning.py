@@ -15,11 +15,9 @@ from keras_sparsity.selection import (
     check_weights,
     full_precision,
     governed_weights,
-    leaves,
-    matches,
-    no_match,
     plain_weights,
     prunable,
+    select,
     to_array,
 )
 from keras_sparsity.transform import plain
@@ -147,9 +145,7 @@ def pruning_curve(
 def pruned_values(model, sparsity, scope="global", filters=None):
     """`{id(variable): array}` of the selected weights of `model`, pruned."""
     governed = {id(g.variable): g for g in governed_weights(model)}
-    selected = [layer for layer in leaves(model) if matches(layer, filters)]
-    if not selected:
-        raise ValueError(no_match(model, filters))
+    selected = select(model, filters)
     pools = []
     seen: set[int] = set()
     for layer in selected:

@@ -96,12 +96,16 @@ def calls(model) -> list:
     return [node for node in nodes if not node.is_input]
 
 
-def no_match(model, filters: Filters) -> str:
-    """What to say where `filters` select nothing."""
-    return (
-        "Argument `filters` must match a layer. Received: "
-        f"filters={filters!r}, and the layers are {[v.name for v in leaves(model)]}."
-    )
+def select(model, filters: Filters) -> list:
+    """The `leaves` of `model` that `filters` select, or raises if there is none."""
+    layers = leaves(model)
+    selected = [layer for layer in layers if matches(layer, filters)]
+    if not selected:
+        raise ValueError(
+            "Argument `filters` must match a layer. Received: "
+            f"filters={filters!r}, and the layers are {[v.name for v in layers]}."
+        )
+    return selected
 
 
 def governors(layer) -> list:

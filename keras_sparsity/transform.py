@@ -12,11 +12,9 @@ from keras_sparsity.selection import (
     governed_weights,
     governors,
     kernels,
-    leaves,
-    matches,
-    no_match,
     plain_weights,
     prunable,
+    select,
     to_array,
 )
 from keras_sparsity.wrappers import Penalized
@@ -67,9 +65,7 @@ def sparsify(model, method, filters=None):
             "Argument `method` must be a `keras.regularizers.Regularizer` or a "
             f"function that takes a layer and returns one. Received: method={method!r}"
         )
-    selected = [layer for layer in leaves(model) if matches(layer, filters)]
-    if not selected:
-        raise ValueError(no_match(model, filters))
+    selected = select(model, filters)
     candidates = {
         id(layer) for layer in selected if prunable(layer) and not governors(layer)
     }
