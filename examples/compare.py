@@ -89,8 +89,8 @@ def lists_by_method(text):
 def are_settings(one):
     return (
         isinstance(one, dict)
-        and parts([one.get("pretrain", 0)])
         and all(isinstance(value, (int, float)) for value in one.values())
+        and parts([one.get("pretrain", 0)])
         and one.get("multiplier", 1) > 0
     )
 

@@ -189,6 +189,7 @@ def test_flags_that_are_out_of_range():
         '--settings={"halo": {}}': "JSON: lists of dicts of numbers by names",
         '--settings={"halo": [1]}': "JSON: lists of dicts of numbers by names",
         '--settings={"halo": [{"xi": "1"}]}': "lists of dicts of numbers by names",
+        '--settings={"ltp": [{"pretrain": null}]}': "`pretrain` in [0, 1)",
         '--settings={"ltp": [{"pretrain": 1}]}': "`pretrain` in [0, 1)",
         '--settings={"ltp": [{"multiplier": 0}]}': "`multiplier` > 0",
         "--model=nothing": "lenet_300_100",

@@ -155,6 +155,7 @@ def test_strength_follows_the_formula():
             value = float(keras.ops.convert_to_numpy(governor.strength))
             assert value == pytest.approx(strength, rel=1e-5)
     assert left[-2] < math.log(0.1) < left[2]
+    assert strength < 0.9
 
 
 @pytest.mark.parametrize(
