@@ -144,6 +144,8 @@ class HALO(KernelPenalty):
 
     # Beyond, the pull at the floor throws weights about, and their scales rise again.
     strength_range = (0.1, 10.0)
+    # The part of a training in which scales may fall before a weight does.
+    patience = 0.5
 
     def __init__(
         self,

@@ -30,8 +30,8 @@ _STILL = 0.01
 # fall into the gap that they have left and open the gates of weights near zero.
 _ARRIVED = 0.25
 
-# Scales need time before a weight falls. Until this part of the sparsity is there, or
-# half of the training is over, being behind is no reason to push.
+# The part of the sparsity that shows that a method has begun to prune. HALO's scales
+# need time before, in which being behind is no reason to push: its `patience`.
 _BEGUN = 0.2
 
 # A target is missed by so much, or by so much of the weights that were to be left.
@@ -56,7 +56,8 @@ class SparsityTarget(keras.callbacks.Callback):
 
     where `range` is the highest strength over the lowest: 1e6 over 1e-3 for LTP, 10
     over 0.1 for HALO. The last looks always see a tenth of the training before them.
-    Nothing changes until a fifth of the sparsity is there or half of the training over.
+    HALO's scales need time before a weight falls: its strength changes only when a
+    fifth of the sparsity is there or half of the training over.
 
     A weight counts as gone where LTP's hard gate is closed, and where HALO's scale has
     come to rest at its floor, which is where a `prune` to the same sparsity costs
@@ -163,14 +164,6 @@ class SparsityTarget(keras.callbacks.Callback):
         """Changes the strengths, `epochs` after the start of the training."""
         progress = epochs / self.params["epochs"]
         last, self._left = self._left, self._log_left()
-        strengths = [
-            float(keras.ops.convert_to_numpy(governor.strength))
-            for governor in self._governors
-        ]
-        # A strength that was changed tells, after a restart too, that it had begun.
-        begun = strengths[0] != 1 or self._left <= math.log(1 - _BEGUN * self.sparsity)
-        if not begun and progress < 0.5:
-            return
         remaining = max(_APPROACH - progress, _CORRECTION)
         looks = max(1.0, remaining * self.params["epochs"] * looks_per_epoch)
         needed = (self._left - math.log(1 - self.sparsity)) / looks
@@ -178,7 +171,12 @@ class SparsityTarget(keras.callbacks.Callback):
         change = (needed - rate) / (abs(needed) + abs(rate) + _STILL)
         if needed < 0:
             change *= _ARRIVED
-        for governor, strength in zip(self._governors, strengths, strict=True):
+        begun = self._left <= math.log(1 - _BEGUN * self.sparsity)
+        for governor in self._governors:
+            strength = float(keras.ops.convert_to_numpy(governor.strength))
+            # A strength that was changed tells, after a restart too, that it had begun.
+            if not begun and strength == 1 and progress < governor.patience:
+                continue
             low, high = governor.strength_range
             strength *= (high / low) ** (_CHANGE * change)
             governor.strength.assign(min(max(strength, low), high))

@@ -102,8 +102,10 @@ class LTP(SubstitutingWrapper):
         section 3. The units of the variance are this package's.
     """
 
-    # The range in which `SparsityTarget` looks for the right factor on `l0`.
+    # The range in which `SparsityTarget` looks for the right factor on `l0`, and the
+    # part of the training that it waits for a first effect: thresholds follow at once.
     strength_range = (1e-3, 1e6)
+    patience = 0.0
 
     def __init__(
         self,

@@ -116,6 +116,24 @@ def test_halo_and_ltp_in_one_model_are_steered_each_in_its_range():
     assert changes[ks.LTP] > 0.01
 
 
+@pytest.mark.parametrize(
+    ("method", "first"), [(LTP, 1), (ks.HALO(xi=1e-7, psi=5e-4), 25)]
+)
+def test_look_from_which_on_being_behind_raises_the_price(method, first):
+    model = network(method)
+    target = ks.SparsityTarget(0.9)
+    target.set_model(model)
+    target.set_params({"epochs": 10, "steps": 5})
+    target.on_train_begin()
+    for epoch in range(10):
+        target.on_epoch_begin(epoch)
+        for batch in range(5):
+            target.on_train_batch_end(batch)
+            strength = keras.ops.convert_to_numpy(governors(model)[0].strength)
+            look = 5 * epoch + batch + 1
+            assert (float(strength) > 1) == (look >= first)
+
+
 @pytest.mark.skipif(
     keras.backend.backend() == "torch", reason="Keras has one step in a call on torch"
 )
