@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import random
 import tempfile
+import warnings
 
 import keras
 from keras import tree
@@ -14,6 +15,7 @@ from keras_sparsity.selection import (
     governors,
     is_method_variable,
     is_rewritable,
+    plain_weights,
     to_array,
     walk,
 )
@@ -87,6 +89,8 @@ class Rebuilt:
         }
         scope = keras.saving.custom_object_scope(classes)
         with scope, scope_of(model), random_state_kept():
+            # Scales are made when a penalty is computed first.
+            _ = model.losses
             while not self._built(model):
                 pass
 
@@ -96,8 +100,7 @@ class Rebuilt:
         self._news: dict[int, object] = {}  # by the id of the old one
         try:
             self.model = self._rebuild(model)
-            # Scales are made when a penalty is computed first.
-            _ = self.model.losses
+            _ = self.model.losses  # makes their scales
             self.layers = list(self._olds.values())
             for old, new in self.layers:
                 with self._noting_errors(old):
@@ -117,6 +120,7 @@ class Rebuilt:
                     clone_function=self._new,
                     call_function=self._call,
                 )
+        warn_of_lost_steps(model, new)
         new.dtype_policy = model.dtype_policy
         if not model.trainable:
             flags = [(layer, layer.trainable) for layer in walk(new)[1:]]
@@ -220,6 +224,26 @@ def _uncompiled(model):
         model.compiled = compiled
 
 
+def warn_of_lost_steps(model, new):
+    """Warns if `new`, a plain model, trains otherwise than the subclass `model`.
+
+    Keras cannot make a second model of a subclass that has its own `__init__`.
+    """
+    lost = [
+        name
+        for name in ("train_step", "test_step", "predict_step", "compute_loss")
+        if getattr(type(model), name) is not getattr(type(new), name)
+    ]
+    if lost:
+        warnings.warn(
+            f"The new model is a {type(new).__name__}, without `{'`, `'.join(lost)}` "
+            f"of {type(model).__name__}, which has an `__init__` of its own. Make "
+            f"`{type(model).__name__}(inputs, outputs)` of the new model's inputs and "
+            "outputs, if it can be made so.",
+            stacklevel=2,
+        )
+
+
 def copy_state(old, new):
     """Copies the weights of a layer to one that differs in its methods only."""
     sources, targets = _plain_layers(old), _plain_layers(new)
@@ -228,6 +252,7 @@ def copy_state(old, new):
             f"a {type(new).__name__} around it does not say what it governs, and so "
             "cannot be given its weights"
         )
+    copy_trainable(old, new)
     # As Keras saves them: some layers derive more from their weights when they load.
     for source, target in zip(sources, targets, strict=True):
         store: dict = {}
@@ -246,6 +271,17 @@ def copy_state(old, new):
         targets = filter(is_method_variable, new.weights)
         for source, target in zip(sources, targets, strict=True):
             target.assign(to_array(source))
+
+
+def copy_trainable(old, new):
+    """Freezes what is frozen within `old`, which no config tells, in a copy of it."""
+    pairs = [
+        *zip(_plain_layers(old), _plain_layers(new), strict=True),
+        *zip(plain_weights(old), plain_weights(new), strict=True),
+    ]
+    for source, target in pairs:  # a layer before those in it, and before its weights
+        if target.trainable != source.trainable:
+            target.trainable = source.trainable
 
 
 def _plain_layers(layer):

@@ -137,9 +137,9 @@ def finalize(model, keep_zeros=False):
     Args:
         model: A built Sequential or Functional `keras.Model`.
         keep_zeros: Boolean: `True` for a model to fine-tune, in which the governed
-            layers are in `KeepZeros`; where nothing is governed, as after `prune`,
-            the layers that have zeros in a trainable weight of rank 2 or more. A
-            second `finalize` gives the plain model. Defaults to `False`.
+            layers are in `KeepZeros`, and so are those with zeros in a weight of rank
+            2 or more, as after `prune`. A second `finalize` gives the plain model.
+            Defaults to `False`.
 
     Returns:
         An uncompiled model that shares nothing with `model`.
@@ -169,12 +169,12 @@ def finalize(model, keep_zeros=False):
     }
     kept: set[int] = set()
     if keep_zeros:
-        kept = set(values) or {id(w) for w in prunable(model) if not to_array(w).all()}
+        kept = {*values, *(id(w) for w in kernels(model) if not to_array(w).all())}
         if not kept:
             raise ValueError(
                 "Argument `keep_zeros=True` needs zeros to keep. Received a model "
-                "that no method governs, without a zero in its trainable weights of "
-                "rank 2 or more."
+                "that no method governs, without a zero in its weights of rank 2 or "
+                "more."
             )
     return plain(model, values, kept)
 
@@ -187,12 +187,9 @@ def plain(model, values, kept=frozenset()):
     methods = {keras.saving.get_registered_name(type(g)) for g in governors(model)}
 
     def convert(layer):
-        if governors(layer):
-            plain = keras.saving.deserialize_keras_object(
-                _strip(keras.saving.serialize_keras_object(layer), methods)
-            )
-        else:
-            plain = clone(layer)
+        inner = layer.layer if hasattr(layer, "governed_weights") else layer
+        governed = bool(governors(inner))
+        plain = clone(inner, **_strip(inner.get_config(), methods) if governed else {})
         found = [i for i, w in enumerate(kernels(layer)) if id(w) in kept]
         return KeepZeros(plain, variables=found) if found else plain
 
@@ -216,7 +213,7 @@ def plain(model, values, kept=frozenset()):
 
 
 def _strip(config, methods):
-    """A serialized object without those of `methods`: what a wrapper wraps, or None."""
+    """A config without the objects of `methods`: what a wrapper wraps, or None."""
     if isinstance(config, dict):
         if config.get("registered_name") in methods:
             return _strip(config["config"].get("layer"), methods)

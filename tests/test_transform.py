@@ -575,6 +575,21 @@ def test_zeros_of_a_pruned_model_survive_fine_tuning():
         np.testing.assert_array_equal(new == 0, old == 0)
 
 
+def test_zeros_are_kept_in_frozen_layers_and_beside_what_is_governed():
+    pruned = ks.prune(mlp(), 0.6, filters="first|second")
+    pruned.get_layer("first").trainable = False
+    sparse = ks.sparsify(pruned, LTP, filters="logits")
+    tuned = ks.finalize(sparse, keep_zeros=True)
+    assert kinds(tuned) == ["KeepZeros"] * 3
+    tuned.trainable = True
+    tuned.compile("adam", "mse", run_eagerly=True)
+    tuned.fit(features(64, 4), features(64, 3), verbose=0)
+    small = ks.finalize(tuned)
+    for name in ("first", "second"):
+        new, old = values([v.get_layer(name).kernel for v in (small, pruned)])
+        np.testing.assert_array_equal(new == 0, old == 0)
+
+
 def test_no_zeros_to_keep_is_an_error():
     with pytest.raises(ValueError, match="`keep_zeros=True` needs zeros"):
         ks.finalize(mlp(), keep_zeros=True)

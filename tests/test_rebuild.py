@@ -1,0 +1,98 @@
+"""What a model that is built anew keeps of the one before."""
+
+import functools
+
+import keras
+import numpy as np
+import pytest
+from graphs import (
+    HALO,
+    LTP,
+    assert_equal,
+    close_gates,
+    mlp,
+    outputs,
+    plain_weights,
+    values,
+)
+from keras import layers
+
+import keras_sparsity as ks
+
+
+def block(factor):
+    """A class of the same name as any other block, which nothing knows."""
+
+    class Block(layers.Dense):
+        def call(self, inputs):
+            return factor * super().call(inputs)
+
+    return Block
+
+
+@pytest.mark.parametrize("method", [HALO, LTP])
+def test_custom_classes_may_have_one_name(method):
+    model = keras.Sequential([keras.Input((6,)), block(1)(5), block(3)(4)])
+    x = np.random.default_rng(0).normal(size=(7, 6)).astype("float32")
+    sparse = ks.sparsify(model, method)
+    assert_equal(outputs(sparse, x), outputs(model, x))
+    close_gates(sparse)
+    assert_equal(outputs(ks.finalize(sparse), x), outputs(sparse, x))
+
+
+def test_a_choice_of_weights_need_not_be_serializable():
+    def named(variable, name):
+        return variable.name == name
+
+    is_kernel = functools.partial(named, name="kernel")
+    sparse = ks.sparsify(mlp(), functools.partial(ks.LTP, variables=is_kernel))
+    close_gates(sparse)
+    x = np.random.default_rng(0).normal(size=(7, *sparse.input_shape[1:]))
+    assert_equal(outputs(ks.finalize(sparse), x), outputs(sparse, x))
+
+
+@pytest.mark.parametrize("method", [HALO, LTP])
+def test_what_is_frozen_within_a_layer_stays_so(method):
+    x = keras.Input((5, 8))
+    attention = layers.MultiHeadAttention(2, 4)
+    dense = layers.Dense(3)
+    model = keras.Model(x, dense(attention(x, x)))
+    attention._query_dense.trainable = False
+    dense.kernel.trainable = False
+    flags = [w.trainable for w in model.weights]
+    assert flags.count(False) == 3
+    sparse = ks.sparsify(model, method)
+    for new in (sparse, ks.finalize(sparse)):
+        assert [w.trainable for w in plain_weights(new)] == flags
+
+
+def test_halo_that_has_no_scale_yet_is_carried_over():
+    model = keras.Sequential(
+        [
+            keras.Input((6,)),
+            layers.Dense(5, kernel_regularizer=ks.HALO(xi=1e-3, psi=1e-2)),
+            layers.Dense(4, name="out"),
+        ]
+    )
+    both = ks.sparsify(model, LTP, filters="out")
+    assert {row.method for row in ks.report(both).rows if len(row.shape) == 2} == {
+        "HALO",
+        "LTP",
+    }
+    assert_equal(
+        values(both.layers[0].weights[:2]), values(model.layers[0].weights[:2])
+    )
+
+
+def test_a_subclass_that_cannot_be_made_again_is_told():
+    class Own(keras.Model):
+        def __init__(self):
+            inputs = keras.Input((6,))
+            super().__init__(inputs, layers.Dense(4)(inputs))
+
+        def train_step(self, *args, **kwargs):
+            raise NotImplementedError
+
+    with pytest.warns(UserWarning, match="without `train_step` of Own"):
+        sparse = ks.sparsify(Own(), LTP)
+    assert type(sparse).train_step is keras.Model.train_step
