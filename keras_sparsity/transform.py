@@ -120,6 +120,8 @@ def _regularizer_arguments(layer):
     """
     config = layer.get_config()
     free = [k for k, v in config.items() if k.endswith("_regularizer") and v is None]
+    if not free:
+        return set()  # nor is a layer probed that cannot be built from its config
     probe = type(layer).from_config({**config, **{k: _Tag(k) for k in free}})
     probe.build_from_config(layer.get_build_config())
     tags = [kernel.regularizer for kernel in prunable(probe)]

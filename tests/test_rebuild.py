@@ -96,3 +96,16 @@ def test_a_subclass_that_cannot_be_made_again_is_told():
     with pytest.warns(UserWarning, match="without `train_step` of Own"):
         sparse = ks.sparsify(Own(), LTP)
     assert type(sparse).train_step is keras.Model.train_step
+
+
+def test_a_layer_without_regularizers_is_not_probed():
+    class Twice(layers.Layer):  # which Keras cannot build from its config, and warns
+        def __init__(self, **kwargs):
+            super().__init__(**kwargs)
+            self.inner = layers.Dense(4)
+
+        def call(self, inputs):
+            return 2 * self.inner(inputs)
+
+    sparse = ks.sparsify(keras.Sequential([keras.Input((6,)), Twice()]), HALO)
+    assert ks.report(sparse).rows[0].method == "HALO"
