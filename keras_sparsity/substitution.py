@@ -14,6 +14,9 @@ from keras_sparsity.selection import (
     walk,
 )
 
+# Their variables show what is stored elsewhere, and are not read in their calls.
+_FOREIGN = (keras.layers.TorchModuleWrapper, keras.layers.TFSMLayer)
+
 
 def call_with(layer, substitutes, *args, **kwargs):
     """Calls `layer` with tensors in place of some of its variables.
@@ -155,6 +158,13 @@ class SubstitutingWrapper(TransparentWrapper):
                 f"Layer '{self.layer.name}' must not be stateful: its states are kept "
                 "apart from its weights, and would be lost. Received: stateful=True"
             )
+        for inner in walk(self.layer):
+            if isinstance(inner, _FOREIGN):
+                raise ValueError(
+                    f"Layer '{inner.name}' (of type {type(inner).__name__}) must "
+                    "compute with Keras' variables for its weights to be gated: it "
+                    "computes with those of another framework, past any gate."
+                )
         self._gated = Untracked(choose(self.layer, self.variables_to_gate))
         self.build_gates(self._gated.content)
 

@@ -297,6 +297,33 @@ def test_stateful_recurrent_layer_is_refused():
         Scaled(layers.LSTM(3, stateful=True, name="memory"))(SEQUENCE)
 
 
+def torch_module(directory):
+    import torch
+
+    return layers.TorchModuleWrapper(torch.nn.Linear(4, 3), output_shape=(None, 3))
+
+
+def saved_model(directory):
+    model = keras.Sequential([keras.Input((4,)), layers.Dense(3)])
+    model.export(str(directory), verbose=False)
+    return layers.TFSMLayer(str(directory))
+
+
+@pytest.mark.parametrize(
+    "make, backend", [(torch_module, "torch"), (saved_model, "tensorflow")]
+)
+def test_layer_that_reads_no_keras_variables_is_refused(tmp_path, make, backend):
+    if keras.backend.backend() != backend:
+        pytest.skip(f"the layer exists on {backend} only")
+    layer = make(tmp_path)
+    kernel, expected = layer.weights[0], array(layer(X))
+    # What the wrapper hands over is not read: the layer would never be gated.
+    outputs, _ = call_with(layer, [(kernel, ops.zeros_like(kernel))], X)
+    np.testing.assert_array_equal(array(outputs), expected)
+    with pytest.raises(ValueError, match="must compute with Keras' variables"):
+        Scaled(layer)(X)
+
+
 def test_training_argument_reaches_the_layer():
     wrapped = Scaled(sequential())
     out = [array(wrapped(X, training=mode)) for mode in (None, False, True)]
