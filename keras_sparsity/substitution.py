@@ -165,6 +165,9 @@ class SubstitutingWrapper(TransparentWrapper):
                     "compute with Keras' variables for its weights to be gated: it "
                     "computes with those of another framework, past any gate."
                 )
+            # `Model.quantize` goes into every layer, and would put other kernels in
+            # the place of those that are gated.
+            inner.quantize = self.quantize
         self._gated = Untracked(choose(self.layer, self.variables_to_gate))
         self.build_gates(self._gated.content)
 
@@ -190,6 +193,13 @@ class SubstitutingWrapper(TransparentWrapper):
         if losses:
             self.add_loss(sum(losses))
         return outputs
+
+    def quantize(self, mode=None, config=None, **kwargs):
+        raise ValueError(
+            f"Layer '{self.name}' must not be quantized while {type(self).__name__} "
+            "governs its weights: call `finalize` on the model first. "
+            f"Received: mode={mode!r}"
+        )
 
     def get_config(self):
         return {**super().get_config(), "variables": self.variables_to_gate}

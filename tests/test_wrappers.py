@@ -386,6 +386,18 @@ def test_weights_have_one_governor(wrap):
             _ = layer.losses
 
 
+@pytest.mark.parametrize("wrap", WRAPPERS[:3], ids=["LTP", "Keep", "Magnitude"])
+def test_what_is_governed_is_not_quantized(wrap):
+    block = keras.Sequential([keras.Input((4,)), layers.Dense(6), layers.Dense(2)])
+    model = keras.Sequential([keras.Input((4,)), wrap(block)])
+    stored, expected = model.get_weights(), array(model(X))
+    with pytest.raises(ValueError, match="call `finalize` on the model first.*'int8'"):
+        model.quantize("int8", filters="dense")
+    for one, other in zip(model.get_weights(), stored, strict=True):
+        np.testing.assert_array_equal(one, other)
+    np.testing.assert_array_equal(array(model(X)), expected)
+
+
 # KeepZeros.
 
 
