@@ -101,6 +101,11 @@ class Rebuilt:
         try:
             self.model = self._rebuild(model)
             _ = self.model.losses  # makes their scales
+            if keras.backend.backend() == "torch":
+                # Too late for `parameters()` and `state_dict()`: Keras lists what they
+                # have when it builds a layer. Nothing public makes it list anew.
+                for layer in walk(self.model):
+                    layer._track_variables()
             self.layers = list(self._olds.values())
             for old, new in self.layers:
                 with self._noting_errors(old):

@@ -104,6 +104,11 @@ class HALO(KernelPenalty):
     mixed_float16 loses its state: read `model.losses` once before. `sparsify` and
     `SparsityTrail` do so by themselves.
 
+    In a training loop of torch's own, read `model.losses` once and give the optimizer
+    the `value` of each of `model.trainable_variables`: `parameters()` lists the scales
+    only where `sparsify` or `Penalized` made them. It knows no constraints: after each
+    step, assign `v.constraint(v)` to every variable `v` that has one.
+
     A layer of your own that gives its `add_weight` a HALO must also keep it as an
     attribute, as Keras' layers do. Without, its scale is neither trained nor saved.
 

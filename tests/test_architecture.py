@@ -59,6 +59,7 @@ PRIVATE = {
     ("optimizers", "_iterations"): "one count of steps for two optimizers",
     ("optimizers", "_model_variables_moving_average"): "the averages of two optimizers",
     ("pruning", "_compile_config"): "losses and metrics that are not registered",
+    ("rebuild", "_track_variables"): "torch: the parameters of a model, listed anew",
     ("selection", "_layers"): "the layers in a layer that is no model",
     ("selection", "_nodes_by_depth"): "every call of a layer, and the sizes there",
     ("selection", "_trainable_variables"): "what a frozen layer would train",

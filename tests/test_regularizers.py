@@ -7,6 +7,7 @@ from keras import ops
 
 from keras_sparsity.regularizers import HALO, MCP, SWS
 from keras_sparsity.selection import governed_weights
+from keras_sparsity.transform import sparsify
 
 XI, PSI = 3e-2, 5e-3
 FLOOR, CEILING = 1e-2, 10.0
@@ -205,6 +206,25 @@ def test_scales_are_trained_with_the_weights():
     scale = model.layers[0].kernel_regularizer.scale
     assert scale.dtype == "float32" and scale.shape == (6, 8)
     assert not np.any(array(scale) == 1)
+
+
+@pytest.mark.skipif(keras.backend.backend() != "torch", reason="torch's own loop")
+def test_a_torch_optimizer_trains_the_scales_of_a_model_that_was_sparsified():
+    import torch
+
+    base = keras.Sequential([keras.Input((6,)), keras.layers.Dense(6, name="inner")])
+    model = sparsify(keras.Sequential([base, *model_of(None).layers]), HALO(XI, PSI))
+    kernels = [array(governed.effective) for governed in governed_weights(model)]
+    optimizer = torch.optim.SGD(model.parameters(), 0.1)
+    sum(model.losses).backward()
+    optimizer.step()
+    scales = [w for w in model.weights if w.name == "halo_scale"]
+    for scale, w in zip(scales, kernels, strict=True):
+        _, _, gradient = halo_formula(w, np.ones(w.shape))
+        np.testing.assert_allclose(array(scale), 1 - 0.1 * gradient, rtol=1e-6)
+    assert len(scales) == 3
+    stored = model.state_dict()
+    assert all(f"_torch_params.{scale.path}" in stored for scale in scales)
 
 
 @pytest.mark.parametrize("penalty", [HALO, SWS])
