@@ -101,7 +101,8 @@ class MagnitudePruning(_Masked):
 
     Every weight tensor is pruned to the same sparsity. The step is counted, and the
     mask made anew, in the training calls of the layer itself, so no callback is
-    needed; a layer that is called twice in a step counts two.
+    needed; a layer that is called twice in a step counts two. While the layer is
+    frozen, its mask and its step stay as they are.
 
     Args:
         layer: The `keras.Layer` to prune.
@@ -149,7 +150,7 @@ class MagnitudePruning(_Masked):
         )
 
     def effective_weights(self, training):
-        if training:
+        if training and self.trainable:
             step = ops.convert_to_tensor(self.step)
             is_due = self.schedule.is_due(step)
             sparsity = self.schedule(step)

@@ -513,6 +513,19 @@ def test_magnitude_pruning_in_fit():
     assert np.sum(array(governed.effective) == 0) == 18
 
 
+def test_magnitude_pruning_rests_while_its_layer_is_frozen():
+    dense = layers.Dense(6)
+    wrapped = MagnitudePruning(dense, ConstantSparsity(0.5, frequency=1))
+    wrapped(EYE, training=True)
+    mask = array(wrapped.masks[0]).copy()
+    dense.kernel.assign(1 / array(dense.kernel))  # the smallest are the largest now
+    for trainable, expected, step in [(False, mask, 1), (True, ~mask, 2)]:
+        wrapped.trainable = trainable
+        wrapped(EYE, training=True)
+        np.testing.assert_array_equal(array(wrapped.masks[0]), expected)
+        assert array(wrapped.step) == step
+
+
 @pytest.mark.parametrize("schedule", [0.5, None, "cubic"])
 def test_schedule_must_be_callable(schedule):
     with pytest.raises(TypeError, match="`schedule` must be a callable of the step"):
