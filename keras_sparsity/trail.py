@@ -20,10 +20,14 @@ from keras_sparsity.replicas import all_workers_have, is_chief
 from keras_sparsity.state import restore_training_state, training_state
 from keras_sparsity.transform import finalize
 
-# What the names of Keras' own losses and metrics tell about the better direction.
-_LOWER = re.compile("loss|error|entropy|divergence|poisson|hinge|cosh|ms[el]|ma[ep]")
+# The last words in the names of Keras' own losses and metrics, which tell the better
+# direction. Before them may stand the name of an output, after them Keras' number.
+_LOWER = re.compile(
+    r"(loss|error|entropy|divergence|poisson|hinge|cosh|msl?e|map?e)(_\d+)?$"
+)
 _HIGHER = re.compile(
-    "acc|auc|precision|recall|sensitivity|specificity|f1|score|io_?u|similarity|correl"
+    "(acc|accuracy|auc|precision|recall|sensitivity|specificity|f1|score|io_?u"
+    r"|similarity|correlation)(_\d+)?$"
 )
 
 
@@ -59,7 +63,8 @@ class SparsityTrail(keras.callbacks.Callback):
         monitor: Name of the metric that an epoch is judged by: one of the task, since
             losses contain the penalties. Defaults to `"val_accuracy"`.
         mode: `"max"` or `"min"`: which values of it are better; `"auto"` tells from the
-            name of Keras' own metrics and losses. Defaults to `"auto"`.
+            last word of it, as Keras names its metrics and losses. Defaults to
+            `"auto"`.
         keep: Which checkpoints to keep: `"pareto"`, those of the epochs that no other
             beats (has at least the sparsity and at least as good a metric, and more of
             one; of equal ones, the earliest is kept); `"all"`; or `"none"`. A method
@@ -301,10 +306,9 @@ class SparsityTrail(keras.callbacks.Callback):
 
 
 def _direction(monitor):
-    name = monitor.removeprefix("val_")
-    if _LOWER.search(name):
+    if _LOWER.search(monitor):
         return "min"
-    if _HIGHER.search(name):
+    if _HIGHER.search(monitor):
         return "max"
     raise ValueError(
         "Argument `mode` must be 'max' or 'min' where the name of the metric does not "

@@ -370,9 +370,24 @@ def test_mode_auto_is_that_of_keras_metrics():
         assert SparsityTrail("", name).mode == expected
 
 
-def test_mode_auto_refuses_to_guess():
-    with pytest.raises(ValueError, match="`mode`.*val_quality"):
-        SparsityTrail("", monitor="val_quality")
+@pytest.mark.parametrize(
+    ("monitor", "mode"),
+    [
+        ("val_error_type_accuracy", "max"),
+        ("val_heatmap_accuracy", "max"),
+        ("val_accuracy_head_loss", "min"),
+        ("val_score_rmse", "min"),
+        ("val_error_type_auc_1", "max"),
+    ],
+)
+def test_mode_auto_looks_at_the_metric_and_not_at_the_output(monitor, mode):
+    assert SparsityTrail("", monitor).mode == mode
+
+
+@pytest.mark.parametrize("monitor", ["val_quality", "val_map", "val_error_type_dice"])
+def test_mode_auto_refuses_to_guess(monitor):
+    with pytest.raises(ValueError, match=f"`mode`.*{monitor}"):
+        SparsityTrail("", monitor)
 
 
 def test_monitor_that_is_missing_lists_those_there(tmp_path):
