@@ -72,6 +72,8 @@ def _uses_in_call(layer, args, kwargs):
         layer = layer.layer
     weights = plain_weights(layer)
     try:
+        if _looks_up(layer) and (kwargs.get("reverse") or True in args[1:]):
+            return _uses_reversed(weights, args[0])
         sized = (
             layer if _is_built_for(layer, args, kwargs) else _copy(layer, args, kwargs)
         )
@@ -80,6 +82,13 @@ def _uses_in_call(layer, args, kwargs):
         return {id(weight): uses[id(same)] for weight, same in pairs}
     except Exception:  # a layer may be anything, and a report must not fail for it
         return dict.fromkeys(map(id, weights))
+
+
+def _uses_reversed(weights, inputs):
+    """Of `ReversibleEmbedding(...)(inputs, reverse=True)`: a product with its table."""
+    *_, table = [w for w in weights if w.name.endswith("embeddings")]
+    unused = dict.fromkeys(map(id, weights), 0)
+    return unused | {id(table): _product(inputs.shape[1:-1])}
 
 
 def _is_built_for(layer, args, kwargs):

@@ -68,8 +68,9 @@ class SparsityReport:
 
     Attributes:
         rows: List of `WeightRow`, in the order of `model.weights`.
-        sparsity: Part of the zeros, under inference, in the governed weights; in all
-            trainable weights of rank 2 or more where nothing is governed.
+        sparsity: Part of the zeros, under inference, in the governed weights; where
+            nothing is governed, in all weights of rank 2 or more that are trainable or
+            of type int8 (quantized); where there are none, in all weights of that rank.
         parameters: Number of values in all weights.
         nonzeros: Number of those that are not zero.
         total_sparsity: Part of the zeros in all of them.
@@ -198,8 +199,13 @@ def report(model) -> SparsityReport:
     if governed:
         counted = [row for row in rows if row.method]
     else:
-        trainable = [w.trainable and is_prunable(w) for w, _ in arrays]
-        counted = [row for row, yes in zip(rows, trainable, strict=True) if yes]
+        matrices = [
+            (weight.trainable or values.dtype == "int8", row)
+            for (weight, values), row in zip(arrays, rows, strict=True)
+            if len(row.shape) >= 2
+        ]
+        counted = [row for is_active, row in matrices if is_active]
+        counted = counted or [row for _, row in matrices]  # of a frozen model
     size = sum(row.size for row in counted)
     zeros = size - sum(row.nonzeros for row in counted)
     return SparsityReport(

@@ -266,6 +266,15 @@ def test_a_layer_built_elsewhere_counts_with_the_size_it_has_here():
     assert report(model).macs == 18 * 3 * 2 * 4
 
 
+@pytest.mark.parametrize("wrap", [lambda v: v, functools.partial(LTP, l0=1e-6)])
+@pytest.mark.parametrize("tied", [True, False])
+def test_an_embedding_multiplies_where_it_is_reversed(wrap, tied):
+    tokens = keras.Input((12,), dtype="int32")
+    embedding = wrap(layers.ReversibleEmbedding(50, 8, tie_weights=tied))
+    model = keras.Model(tokens, embedding(embedding(tokens), reverse=True))
+    assert report(model).macs == 12 * 50 * 8
+
+
 def test_element_wise_weights_multiply_once_per_value():
     stack = [layers.PReLU(), layers.LayerNormalization(axis=(1, 2))]
     model = keras.Sequential([keras.Input((6, 4)), *stack])

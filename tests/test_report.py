@@ -114,6 +114,33 @@ def test_sparsity_is_that_of_the_governed_weights():
     assert 0 < ks.report(model).sparsity < ks.report(ks.prune(model, 0.9)).sparsity
 
 
+def test_sparsity_of_a_frozen_model():
+    model = ks.prune(make_model(), 0.5)
+    model.get_layer("hidden").trainable = False
+    hidden = rows(model).pop("hidden/kernel")
+    half = 0.5 * (54 + 576 + 48)
+    assert ks.report(model).sparsity == pytest.approx(
+        (half - 576 + hidden.nonzeros) / (54 + 48)
+    )
+    model.trainable = False
+    assert ks.report(model).sparsity == 0.5
+
+
+@pytest.mark.filterwarnings("ignore:Layer .* does not have a `quantize` method")
+def test_sparsity_of_quantized_weights():
+    inputs = keras.Input((5, 4))
+    # Its biases are of rank 2 too, and stay trainable.
+    attended = layers.MultiHeadAttention(2, 3)(inputs, inputs)
+    model = ks.prune(keras.Model(inputs, layers.Dense(8)(attended)), 0.8)
+    model.quantize("int8")
+    biases = [w for w in model.trainable_weights if len(w.shape) == 2]
+    kernels = [w for w in model.weights if w.dtype == "int8"]
+    assert (len(biases), len(kernels)) == (3, 5)
+    counted = np.concatenate([values(w).ravel() for w in biases + kernels])
+    assert ks.report(model).sparsity == pytest.approx((counted == 0).mean())
+    assert (counted == 0).sum() >= int(0.8 * counted.size) == 116
+
+
 @pytest.mark.parametrize("units", ["variance", "absolute"])
 def test_a_weight_is_kept_where_its_square_is_above_the_threshold(units):
     model = ks.sparsify(make_model(), functools.partial(LTP, threshold_units=units))
