@@ -39,7 +39,9 @@ def count_zeros(weights: dict[str, Governed]) -> dict:
     """
     rows, total, zeros, near_zeros = {}, 0, 0, 0
     for name, weight in weights.items():
-        magnitude = ops.abs(weight.effective)
+        stored = full_precision(weight.variable)
+        # A gate may hide a NaN, which is no zero.
+        magnitude = ops.abs(ops.where(ops.isnan(stored), stored, weight.effective))
         limit = NEAR_ZERO * ops.max(magnitude)
         size = math.prod(magnitude.shape)
         zero = int(ops.sum(ops.cast(ops.equal(magnitude, 0), "int32")))

@@ -7,6 +7,7 @@ import pathlib
 import re
 import tempfile
 import time
+import warnings
 import zipfile
 from typing import Any
 
@@ -17,6 +18,7 @@ from keras_sparsity.counting import NEAR_ZERO, count_zeros, counted_weights, fin
 from keras_sparsity.files import remove_unfinished, written_whole
 from keras_sparsity.record import FORMAT, pareto_front, read_lines, read_points
 from keras_sparsity.replicas import all_workers_have, is_chief
+from keras_sparsity.selection import to_array
 from keras_sparsity.state import restore_training_state, training_state
 from keras_sparsity.transform import finalize
 
@@ -43,9 +45,15 @@ class SparsityTrail(keras.callbacks.Callback):
     continues the record. Of several workers that train together, the chief writes, and
     all must see the directory.
 
+    A checkpoint has the weights of the model when the trail's turn comes. Where
+    `keras.callbacks.SwapEMAWeights` evaluates averaged ones, give it before the trail,
+    with `swap_on_epoch=True`, for checkpoints that are what was evaluated.
+
     With `resume=True` it keeps the whole state of the training too: a run that was
     killed, and is started again with the same command, goes on after the last epoch
     recorded, and ends with the weights and the trail of a run that was never killed.
+    `epochs` of `fit` counts from the start of the first run, and `initial_epoch` is
+    not looked at.
     The state is that of the model, of its optimizer (learning rate, slots, scales'
     and thresholds' own), of seed generators, and of the random generators of Python,
     NumPy and torch (on the CPU). Give the trail after callbacks that change the model
@@ -54,9 +62,9 @@ class SparsityTrail(keras.callbacks.Callback):
     shuffles arrays there (give it data whose order is a function of the epoch, or
     `shuffle=False`); layers outside of the model; random numbers that are drawn
     without a seed or a `SeedGenerator`; what other callbacks remember, as
-    `EarlyStopping` and `ReduceLROnPlateau` do; and of batch statistics that every
-    replica has for itself all but the first's (`BatchNormalization(synchronized=True)`
-    has one).
+    `EarlyStopping`, `ReduceLROnPlateau` and `SwapEMAWeights` do; and of batch
+    statistics that every replica has for itself all but the first's
+    (`BatchNormalization(synchronized=True)` has one).
 
     Args:
         directory: Path of the directory to write to. It is made if it does not exist.
@@ -193,6 +201,16 @@ class SparsityTrail(keras.callbacks.Callback):
                 f"its state is that of epoch {len(self._records)}."
             )
         self._claim_directory(counted_weights(self.model))
+        epoch, epochs = int(state["epoch"]), self.params["epochs"]
+        # Not for a new model: a command that is given again may find all done.
+        if epoch >= epochs and int(to_array(self.model.optimizer.iterations)):
+            warnings.warn(
+                f"Nothing is left to train: '{self.directory}' holds the state after "
+                f"{epoch} epochs, which the model gets, and `fit` was given "
+                f"epochs={epochs}. With `resume=True` they count from the start of the "
+                "first run: give more to go on, or another directory to begin anew.",
+                stacklevel=2,
+            )
         try:
             restore_training_state(self.model, state)
         except ValueError as error:
@@ -202,7 +220,7 @@ class SparsityTrail(keras.callbacks.Callback):
             ) from error
         if is_chief(self.model):
             self._write_record()
-        return int(state["epoch"])
+        return epoch
 
     def on_epoch_begin(self, epoch, logs=None):
         self.model._initial_epoch = None  # or the next `fit` would begin there too

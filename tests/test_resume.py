@@ -203,6 +203,14 @@ def test_a_finished_training_is_not_repeated(wholes, finished):
     assert model.history.epoch == [0]
 
 
+def test_a_trained_model_that_has_no_epoch_left_is_told(tmp_path):
+    model, _ = train(tmp_path, epochs=2)
+    trail = ks.SparsityTrail(tmp_path, resume=True)
+    with pytest.warns(UserWarning, match="the state after 2 epochs.*epochs=2"):
+        model.fit(X, Y, epochs=2, verbose=0, callbacks=[trail])
+    assert model.history.epoch == []
+
+
 def test_more_epochs_go_on(wholes, tmp_path):
     expected, whole = wholes()
     train(tmp_path, epochs=2)

@@ -219,6 +219,26 @@ def test_metric_that_is_not_finite_is_recorded_and_never_chosen(tmp_path):
         trail.select()
 
 
+def test_a_weight_that_is_nan_is_no_zero(tmp_path):
+    model = make_model(optimizer=keras.optimizers.SGD(float("nan")))
+    fit(model, SparsityTrail(tmp_path, keep="none"))
+    (point,) = Trail(tmp_path).points
+    assert np.isfinite(point.metric)  # hard gates close, and nothing else is heard
+    assert (point.sparsity, point.near_zero) == (0, 0)
+
+
+def test_checkpoints_of_averaged_weights_are_those_evaluated(tmp_path):
+    optimizer = keras.optimizers.SGD(0.5, use_ema=True)
+    model = make_model(method=plain, optimizer=optimizer)
+    averages = keras.callbacks.SwapEMAWeights(swap_on_epoch=True)
+    fit(model, averages, SparsityTrail(tmp_path, keep="all"), epochs=2)
+    for point in Trail(tmp_path).points:
+        loaded = point.load()
+        loaded.compile(loss=model.loss)
+        loss = loaded.evaluate(*VALIDATION, verbose=0)
+        assert point.metrics["val_loss"] == pytest.approx(loss, rel=1e-5)
+
+
 def test_training_is_the_same_without_a_trail(tmp_path):
     with_trail, without = make_model(), make_model()
     fit(with_trail, SparsityTrail(tmp_path), epochs=2)
