@@ -1,6 +1,7 @@
 """Global and per-layer magnitude pruning: the last step of HALO and of any penalty."""
 
 import collections.abc
+import contextlib
 import math
 
 import keras
@@ -8,7 +9,7 @@ import numpy as np
 from keras import tree
 
 from keras_sparsity.checks import check_sparsity
-from keras_sparsity.rebuild import check_rebuildable, clone
+from keras_sparsity.rebuild import check_rebuildable
 from keras_sparsity.selection import (
     Governed,
     check_filters,
@@ -125,21 +126,29 @@ def pruning_curve(
     small = plain(model, {})
     # The public way goes through a file's form, and so fails for a loss or a metric
     # that is a function nobody registered.
-    small.compile(
-        **tree.map_structure(
-            # Metrics have state, which is the model's own.
-            lambda value: clone(value) if isinstance(value, keras.Metric) else value,
-            {**model._compile_config.config, "optimizer": None},
-        )
-    )
+    config = {**model._compile_config.config, "optimizer": None}
+    small.compile(**config)
     variables = dict(zip(map(id, plain_weights(model)), small.weights, strict=True))
     curve = []
-    for sparsity, weights in zip(sparsities, values, strict=True):
-        for key, value in weights.items():
-            variables[key].assign(value)
-        metrics = small.evaluate(x, y, batch_size, verbose=0, return_dict=True)
-        curve.append({"sparsity": sparsity, **metrics})
+    with _metrics_kept(config):
+        for sparsity, weights in zip(sparsities, values, strict=True):
+            for key, value in weights.items():
+                variables[key].assign(value)
+            metrics = small.evaluate(x, y, batch_size, verbose=0, return_dict=True)
+            curve.append({"sparsity": sparsity, **metrics})
     return curve
+
+
+@contextlib.contextmanager
+def _metrics_kept(config):
+    """Lets metrics of a model be used in another one: they keep their results."""
+    metrics = [v for v in tree.flatten(config) if isinstance(v, keras.Metric)]
+    before = [(v, to_array(v)) for metric in metrics for v in metric.variables]
+    try:
+        yield
+    finally:
+        for variable, value in before:
+            variable.assign(value)
 
 
 def pruned_values(model, sparsity, scope="global", filters=None):
@@ -156,10 +165,14 @@ def pruned_values(model, sparsity, scope="global", filters=None):
         pools.append([g for g in pool if id(g.variable) not in seen])
         seen.update(id(g.variable) for g in pools[-1])
     if not seen:
+        expected = (
+            "a weight that a method governs, as in other layers of the model"
+            if governed
+            else "a trainable weight of rank 2 or more"
+        )
         raise ValueError(
-            "Nothing to prune: expected a governed weight, or a trainable weight of "
-            f"rank 2 or more, in one of the layers {[s.name for s in selected]}. "
-            "Received none."
+            f"Nothing to prune: expected {expected}, in one of the layers "
+            f"{[layer.name for layer in selected]}. Received none."
         )
     if scope == "global":
         pools = [[governed for pool in pools for governed in pool]]
@@ -177,7 +190,9 @@ def _prune_pool(arrays, sparsity):
     flat = np.concatenate([a.ravel() for a in arrays.values()])
     # A stable sort, so that ties go by position.
     order = np.argsort(np.abs(flat), kind="stable")
-    flat[order[: math.floor(sparsity * flat.size)]] = 0
+    # The next float, since 0.29 * 100 is 28.999999999999996.
+    count = math.floor(math.nextafter(sparsity * flat.size, math.inf))
+    flat[order[:count]] = 0
     ends = np.cumsum([a.size for a in arrays.values()])[:-1]
     return {
         key: part.reshape(a.shape)

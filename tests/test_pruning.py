@@ -40,6 +40,12 @@ def test_prune_zeroes_the_smallest_of_all(make, sparsity):
     assert (after == 0).sum() == count
 
 
+def test_prune_counts_in_decimals():
+    model = keras.Sequential([keras.Input((10,)), layers.Dense(10)])
+    for percent in (7, 14, 28, 29, 55, 56, 57, 58, 99):
+        assert zeros(ks.prune(model, percent / 100)) == percent
+
+
 def test_prune_breaks_ties_by_position():
     model = mlp()
     for layer in model.layers:
@@ -140,8 +146,11 @@ def test_nothing_to_prune_is_an_error():
         ks.prune(model, 0.5)
     frozen = mlp()
     frozen.trainable = False
-    with pytest.raises(ValueError, match="Nothing to prune"):
+    with pytest.raises(ValueError, match="a trainable weight of rank 2"):
         ks.prune(frozen, 0.5)
+    other = ks.sparsify(mlp(), HALO, filters="second")
+    with pytest.raises(ValueError, match="a weight that a method governs.*'logits'"):
+        ks.prune(other, 0.5, filters="logits")
 
 
 # pruning_curve
@@ -173,14 +182,18 @@ def test_pruning_curve_is_prune_and_evaluate(method, loss):
     assert_equal(values(model.weights), before)
 
 
-def test_pruning_curve_leaves_the_metrics_of_the_model_alone():
-    metric = keras.metrics.MeanAbsoluteError()
-    model = mlp()
-    model.compile("sgd", "mse", metrics=[metric], run_eagerly=True)
-    model.evaluate(features(16, 4), features(16, 3), verbose=0)
+@pytest.mark.parametrize("run_eagerly", [True, False])
+def test_pruning_curve_leaves_the_metrics_of_the_model_alone(run_eagerly):
+    # Of a function that is not registered, it cannot be made anew.
+    metric = keras.metrics.MeanMetricWrapper(own_loss, name="own")
+    model, (x, y) = mlp(), (features(16, 4), features(16, 3))
+    model.compile("sgd", "mse", metrics=[metric], run_eagerly=run_eagerly)
+    model.evaluate(x, y, verbose=0)
     before = total([metric.result()])
-    ks.pruning_curve(model, features(16, 4), features(16, 3), [0.5])
+    full, pruned = ks.pruning_curve(model, x, y, [0.0, 0.9])
+    assert full["own"] == pytest.approx(before) != pytest.approx(pruned["own"])
     assert total([metric.result()]) == before
+    assert model.evaluate(x, y, verbose=0, return_dict=True)["own"] == before
 
 
 @pytest.mark.parametrize(("batch_size", "batches"), [(None, 2), (5, 8), (40, 1)])
