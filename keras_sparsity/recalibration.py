@@ -6,6 +6,7 @@ import functools
 import keras
 from keras import tree
 
+from keras_sparsity.checks import check_integer
 from keras_sparsity.selection import to_array, walk
 
 
@@ -37,8 +38,8 @@ def recalibrate(model, dataset, batch_size=32):
         `model`.
 
     Raises:
-        ValueError: If `dataset` is empty. The statistics are then as before, as they
-            are if a batch fails.
+        ValueError: If `batch_size` is no such integer, or `dataset` is empty. The
+            statistics are then as before, as they are if a batch fails.
 
     Example:
 
@@ -52,6 +53,7 @@ def recalibrate(model, dataset, batch_size=32):
     - [Wu and Johnson, Rethinking "Batch" in BatchNorm](
         https://arxiv.org/abs/2105.07576), section 3: "PreciseBN".
     """
+    batch_size = check_integer("batch_size", batch_size, at_least=1)
     layers = [
         layer
         for layer in walk(model)

@@ -129,6 +129,12 @@ def test_frozen_normalization_stays():
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("batch_size", [0, -3, 2.5, None])
+def test_batch_size_is_refused_by_name(batch_size):
+    with pytest.raises(ValueError, match="Argument `batch_size` must be"):
+        ks.recalibrate(network(), X, batch_size)
+
+
 def test_nothing_is_half_done():
     model = network()
     before = statistics(model)
