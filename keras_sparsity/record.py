@@ -46,22 +46,27 @@ class Point:
     weights: dict[str, dict[str, float | None]]
     path: pathlib.Path
 
-    def load(self, custom_objects: dict | None = None) -> keras.Model:
+    def load(
+        self, custom_objects: dict | None = None, safe_mode: bool = True
+    ) -> keras.Model:
         """The finalized model of this epoch, a plain Keras model.
 
         Args:
             custom_objects: Dict of the names of classes and functions that are not
                 registered with Keras, to them.
+            safe_mode: Boolean: `False` to load the code of `Lambda` layers too, from a
+                trail that you trust. Defaults to `True`.
 
         Raises:
             FileNotFoundError: If the checkpoint was not kept.
+            ValueError: If it has such code in it, in safe mode.
         """
         if not self.path.exists():
             raise FileNotFoundError(
                 f"The checkpoint of epoch {self.epoch} was not kept: there is no file "
                 f"'{self.path}'. `SparsityTrail` has an argument `keep`."
             )
-        return keras.saving.load_model(self.path, custom_objects)
+        return keras.saving.load_model(self.path, custom_objects, safe_mode=safe_mode)
 
 
 class Trail:

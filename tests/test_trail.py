@@ -146,6 +146,18 @@ def test_point_loads_the_model_of_its_epoch(run):
         np.testing.assert_allclose(loaded, predicted, rtol=1e-6, atol=1e-6)
 
 
+def test_point_loads_code_when_asked_to(tmp_path):
+    model = make_model(method=plain)
+    doubled = keras.Sequential([model, keras.layers.Lambda(lambda x: 2 * x)])
+    doubled.compile("sgd", loss=model.loss, metrics=["accuracy"])
+    fit(doubled, SparsityTrail(tmp_path))
+    (point,) = Trail(tmp_path).points
+    with pytest.raises(ValueError, match="safe_mode"):
+        point.load()
+    loaded = point.load(safe_mode=False).predict(X, verbose=0)
+    np.testing.assert_allclose(loaded, doubled.predict(X, verbose=0), rtol=1e-6)
+
+
 def test_checkpoint_needs_nothing_of_the_package(run):
     with zipfile.ZipFile(run.trail.points[-1].path) as file:
         assert "keras_sparsity" not in file.read("config.json").decode()
