@@ -190,9 +190,7 @@ def _prune_pool(arrays, sparsity):
     flat = np.concatenate([a.ravel() for a in arrays.values()])
     # A stable sort, so that ties go by position.
     order = np.argsort(np.abs(flat), kind="stable")
-    # The next float, since 0.29 * 100 is 28.999999999999996.
-    count = math.floor(math.nextafter(sparsity * flat.size, math.inf))
-    flat[order[:count]] = 0
+    flat[order[: math.floor(sparsity * flat.size)]] = 0
     ends = np.cumsum([a.size for a in arrays.values()])[:-1]
     return {
         key: part.reshape(a.shape)

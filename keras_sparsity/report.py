@@ -79,7 +79,8 @@ class SparsityReport:
         effective_macs: Those with values that are not zero.
         compressed_bytes: Size of the file that `save_model` writes of the finalized
             model, estimated from config and weights: within a few percent, in files of
-            a few kilobytes within about a tenth.
+            a few kilobytes within about a tenth. `None` if the model has no config
+            that can be written, as with `LTP(variables=)` of a function.
         dead_units: List of `DeadUnits`: neurons and filters that have no influence, and
             why they must stay, or that `compact` removes them. Those of layers that a
             method governs are not looked for.
@@ -87,7 +88,7 @@ class SparsityReport:
 
     rows: list[WeightRow]
     sparsity: float
-    compressed_bytes: int
+    compressed_bytes: int | None
     dead_units: list[DeadUnits]
 
     @property
@@ -156,7 +157,7 @@ class SparsityReport:
             f"sparsity {self.sparsity:.2%} ({self.total_sparsity:.2%} of all "
             f"{self.parameters:,} parameters), {self.nonzeros:,} nonzeros\n"
             f"MACs {_count(self.effective_macs)} of {_count(self.macs)}, "
-            f"compressed file about {self.compressed_bytes:,} bytes"
+            f"compressed file about {_count(self.compressed_bytes)} bytes"
         )
 
 
@@ -256,6 +257,10 @@ def _compressed_bytes(model, weights):
     """Size of a zip like the model's file, of `(variable, array)` pairs for weights."""
     import h5py  # a dependency of keras
 
+    try:
+        config = model.to_json()
+    except (TypeError, ValueError):  # as of a function that nobody registered
+        return None
     hdf5 = io.BytesIO()
     with h5py.File(hdf5, "w") as file:
         for index, (variable, array) in enumerate(weights):
@@ -269,7 +274,7 @@ def _compressed_bytes(model, weights):
         archive,
         {
             "metadata.json": keras.__version__,
-            "config.json": model.to_json(),
+            "config.json": config,
             "model.weights.h5": hdf5.getvalue(),
         },
     )

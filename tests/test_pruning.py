@@ -40,12 +40,6 @@ def test_prune_zeroes_the_smallest_of_all(make, sparsity):
     assert (after == 0).sum() == count
 
 
-def test_prune_counts_in_decimals():
-    model = keras.Sequential([keras.Input((10,)), layers.Dense(10)])
-    for percent in (7, 14, 28, 29, 55, 56, 57, 58, 99):
-        assert zeros(ks.prune(model, percent / 100)) == percent
-
-
 def test_prune_breaks_ties_by_position():
     model = mlp()
     for layer in model.layers:

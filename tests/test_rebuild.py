@@ -47,8 +47,13 @@ def test_a_choice_of_weights_need_not_be_serializable():
     is_kernel = functools.partial(named, name="kernel")
     sparse = ks.sparsify(mlp(), functools.partial(ks.LTP, variables=is_kernel))
     close_gates(sparse)
-    x = np.random.default_rng(0).normal(size=(7, *sparse.input_shape[1:]))
-    assert_equal(outputs(ks.finalize(sparse), x), outputs(sparse, x))
+    x = np.random.default_rng(0).normal(size=(7, 4)).astype("float32")
+    small = ks.finalize(sparse)
+    assert_equal(outputs(small, x), outputs(sparse, x))
+    # Nor is the size of a file known that cannot be written.
+    assert ks.report(sparse).compressed_bytes is None
+    assert "compressed file about unknown bytes" in str(ks.report(sparse))
+    assert ks.report(small).nonzeros == ks.report(sparse).nonzeros
 
 
 @pytest.mark.parametrize("method", [HALO, LTP])
