@@ -280,10 +280,10 @@ def copy_state(old, new):
 
 def copy_trainable(old, new):
     """Freezes what is frozen within `old`, which no config tells, in a copy of it."""
-    pairs = [
-        *zip(_plain_layers(old), _plain_layers(new), strict=True),
-        *zip(plain_weights(old), plain_weights(new), strict=True),
-    ]
+    pairs = list(zip(_plain_layers(old), _plain_layers(new), strict=True))
+    sources, targets = plain_weights(old), plain_weights(new)
+    if len(sources) == len(targets):  # a layer for inference may have other weights
+        pairs += zip(sources, targets, strict=True)
     for source, target in pairs:  # a layer before those in it, and before its weights
         if target.trainable != source.trainable:
             target.trainable = source.trainable
