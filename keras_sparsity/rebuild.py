@@ -237,7 +237,7 @@ def warn_of_lost_steps(model, new):
     lost = [
         name
         for name in ("train_step", "test_step", "predict_step", "compute_loss")
-        if getattr(type(model), name) is not getattr(type(new), name)
+        if getattr(type(model), name, None) is not getattr(type(new), name, None)
     ]
     if lost:
         warnings.warn(
