@@ -7,8 +7,7 @@ import keras
 from keras import tree
 
 from keras_sparsity.rebuild import clone, random_state_kept
-from keras_sparsity.selection import calls, is_rewritable, plain_weights
-from keras_sparsity.substitution import TransparentWrapper
+from keras_sparsity.selection import calls, is_rewritable, plain_weights, unwrapped
 
 # Keras' names for weights that are no factors of a matrix product.
 _ADDED = ("bias", "beta")
@@ -68,8 +67,7 @@ def uses_in_model(model) -> dict:
 
 
 def _uses_in_call(layer, args, kwargs):
-    if isinstance(layer, TransparentWrapper):
-        layer = layer.layer
+    layer = unwrapped(layer)
     weights = plain_weights(layer)
     try:
         if _looks_up(layer) and (kwargs.get("reverse") or True in args[1:]):

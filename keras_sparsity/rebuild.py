@@ -93,6 +93,11 @@ class Rebuilt:
             _ = model.losses
             while not self._built(model):
                 pass
+        if keras.backend.backend() == "torch":
+            # Scales come too late for `parameters()` and `state_dict()`: Keras lists
+            # what they have when it builds a layer. Nothing public lists it anew.
+            for layer in walk(self.model):
+                layer._track_variables()
 
     def _built(self, model):
         """Whether the model could be built without the layers known to fail."""
@@ -101,11 +106,6 @@ class Rebuilt:
         try:
             self.model = self._rebuild(model)
             _ = self.model.losses  # makes their scales
-            if keras.backend.backend() == "torch":
-                # Too late for `parameters()` and `state_dict()`: Keras lists what they
-                # have when it builds a layer. Nothing public makes it list anew.
-                for layer in walk(self.model):
-                    layer._track_variables()
             self.layers = list(self._olds.values())
             for old, new in self.layers:
                 with self._noting_errors(old):

@@ -19,8 +19,8 @@ from keras_sparsity.selection import (
     leaves,
     plain_weights,
     to_array,
+    unwrapped,
 )
-from keras_sparsity.substitution import TransparentWrapper
 
 
 @dataclasses.dataclass(frozen=True)
@@ -219,12 +219,11 @@ def report(model) -> SparsityReport:
 
 def _row(layer, weight, governed, values, uses):
     nonzeros = int(np.count_nonzero(values))
-    inner = layer.layer if isinstance(layer, TransparentWrapper) else layer
     has_threshold = governed is not None and governed.threshold is not None
     return WeightRow(
         path=weight.path,
         layer=layer.name,
-        layer_type=type(inner).__name__,
+        layer_type=type(unwrapped(layer)).__name__,
         shape=tuple(weight.shape),
         method=governed.method if governed else None,
         reason=None if governed else _reason(layer, weight),

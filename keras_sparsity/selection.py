@@ -113,6 +113,11 @@ def governors(layer) -> list:
     return [inner for inner in walk(layer) if hasattr(inner, "governed_weights")]
 
 
+def unwrapped(layer):
+    """The layer in `layer`, if that is a wrapper that governs it; else `layer`."""
+    return layer.layer if hasattr(layer, "governed_weights") else layer
+
+
 def check_plain(model, function: str, others=()) -> None:
     """Raises a `ValueError` if methods or `others` are in `model`."""
     found = sorted(

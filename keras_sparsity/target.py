@@ -6,7 +6,7 @@ import warnings
 import keras
 
 from keras_sparsity.checks import check_number
-from keras_sparsity.selection import governors
+from keras_sparsity.selection import governors, to_array
 
 # Times at which the sparsity is looked at, and the strengths are changed: in the whole
 # training at least, and in an epoch at least.
@@ -173,7 +173,7 @@ class SparsityTarget(keras.callbacks.Callback):
             change *= _ARRIVED
         begun = self._left <= math.log(1 - _BEGUN * self.sparsity)
         for governor in self._governors:
-            strength = float(keras.ops.convert_to_numpy(governor.strength))
+            strength = float(to_array(governor.strength))
             # A strength that was changed tells, after a restart too, that it had begun.
             if not begun and strength == 1 and progress < governor.patience:
                 continue

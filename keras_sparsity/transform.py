@@ -16,6 +16,7 @@ from keras_sparsity.selection import (
     prunable,
     select,
     to_array,
+    unwrapped,
 )
 from keras_sparsity.wrappers import Penalized
 
@@ -189,7 +190,7 @@ def plain(model, values, kept=frozenset()):
     methods = {keras.saving.get_registered_name(type(g)) for g in governors(model)}
 
     def convert(layer):
-        inner = layer.layer if hasattr(layer, "governed_weights") else layer
+        inner = unwrapped(layer)
         governed = bool(governors(inner))
         plain = clone(inner, **_strip(inner.get_config(), methods) if governed else {})
         found = [i for i, w in enumerate(kernels(layer)) if id(w) in kept]
