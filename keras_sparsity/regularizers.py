@@ -9,6 +9,7 @@ from keras import ops
 from keras_sparsity.bounds import Bounds
 from keras_sparsity.checks import check_number
 from keras_sparsity.selection import Governed, full_precision
+from keras_sparsity.steering import Steering, scale_to_fall
 
 SCALE_FLOOR = 1e-3
 
@@ -147,10 +148,18 @@ class HALO(KernelPenalty):
         starts the scales at 1, as is done here.
     """
 
-    # Beyond, the pull at the floor throws weights about, and their scales rise again.
-    strength_range = (0.1, 10.0)
-    # The part of a training in which scales may fall before a weight does.
-    patience = 0.5
+    # A higher strength throws weights at the floor about, and their scales rise again;
+    # the lowest holds all scales where they are. Scales come down together, with the
+    # optimizer's momentum, and hardly return: the last of them must be stopped in time.
+    # They arrive early, while there is a learning rate to decide with who stays.
+    steering = Steering(
+        distance=scale_to_fall,
+        lowest=1e-3,
+        highest=10.0,
+        approach=0.4,
+        correction=0.05,
+        brake=6.0,
+    )
 
     def __init__(
         self,
@@ -186,9 +195,14 @@ class HALO(KernelPenalty):
             name="halo_strength", shape=(), initializer="ones", trainable=False
         )
 
+    @property
+    def gone_below(self):
+        """The scale at which a weight counts as given up."""
+        return 2 * self.scale_floor
+
     def count_pruned(self):
         """How many weights it has given up, their scales at the floor, of how many."""
-        at_floor = ops.less_equal(self.scale, 2 * self.scale_floor)
+        at_floor = ops.less_equal(self.scale, self.gone_below)
         return int(ops.sum(ops.cast(at_floor, "int32"))), math.prod(self.scale.shape)
 
     def penalty(self, w):

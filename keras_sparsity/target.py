@@ -7,32 +7,12 @@ import keras
 
 from keras_sparsity.checks import check_number
 from keras_sparsity.selection import governors, to_array
+from keras_sparsity.steering import Steering, log_left
 
 # Times at which the sparsity is looked at, and the strengths are changed: in the whole
 # training at least, and in an epoch at least.
 _LOOKS = 50
 _LOOKS_PER_EPOCH = 5
-
-# The part of the training in which the target is approached evenly; and the part in
-# which, from then on, what is still missing should come.
-_APPROACH = 0.8
-_CORRECTION = 0.1
-
-# The largest change of the logarithm of the strengths at a look, as a part of their
-# range: LTP's thresholds follow prices that grow by orders of magnitude, HALO's scales
-# need time to answer. And the rate, in logarithms of the weights left per look, that
-# is too small to matter.
-_CHANGE = 1 / 15
-_STILL = 0.01
-
-# The part of the change that is made when there are enough zeros. What still comes then
-# comes of the weights, not of the price; taken back further and further, thresholds
-# fall into the gap that they have left and open the gates of weights near zero.
-_ARRIVED = 0.25
-
-# The part of the sparsity that shows that a method has begun to prune. HALO's scales
-# need time before, in which being behind is no reason to push: its `patience`.
-_BEGUN = 0.2
 
 # A target is missed by so much, or by so much of the weights that were to be left.
 _MISSED, _MISSED_OF_LEFT = 0.02, 0.25
@@ -42,22 +22,29 @@ class SparsityTarget(keras.callbacks.Callback):
     """Steers HALO or LTP so that training ends at the sparsity asked for.
 
     Five times in each epoch, more often where there are less than ten, it compares how
-    fast the weights left become fewer with how fast they must, to be as few as asked
-    for when 80 % of the training are over, and changes the `strength` of every HALO and
-    LTP in the model, the factor on its penalty:
+    fast each method approaches the sparsity with how fast it must, and changes the
+    `strength` of every HALO and LTP in the model, the factor on its penalty:
 
     ```
-    left     = log(1 - sparsity now)
-    needed   = (left - log(1 - sparsity)) / looks that remain
-    rate     = left at the last look - left
-    change   = (needed - rate) / (|needed| + |rate| + 0.01)
-    strength = strength * range ** (change / 15)       a quarter of it if needed < 0
+    needed   = distance / looks that remain
+    speed    = distance at the last look - distance
+    change   = (needed - speed) / (|needed| + |speed| + 0.01)
+    strength = strength * (highest / lowest) ** (change / 15)
     ```
 
-    where `range` is the highest strength over the lowest: 1e6 over 1e-3 for LTP, 10
-    over 0.1 for HALO. The last looks always see a tenth of the training before them.
-    HALO's scales need time before a weight falls: its strength changes only when a
-    fifth of the sparsity is there or half of the training over.
+    |                   | LTP                         | HALO                          |
+    |-------------------|-----------------------------|-------------------------------|
+    | distance          | log(weights left / wanted)  | scale / (2 * scale_floor) - 1 |
+    | strength          | 1e-3 to 1e6                 | 1e-3 to 10                    |
+    | looks that remain | to 80 % of the training, or | to 40 % of the training, or   |
+    |                   | at least a tenth of it      | at least a twentieth of it    |
+    | needed, if < 0    | a quarter                   | the whole                     |
+    | change, if < 0    | the same                    | six times                     |
+
+    where HALO's distance is that of the smallest scale that shall not fall: scales come
+    down together, and what counts them would see nothing before most of them arrive.
+    LTP's strength rises also as the learning rate falls, by as much, since a threshold
+    moves by the product of the two. A model with both has each led to the sparsity.
 
     A weight counts as gone where LTP's hard gate is closed, and where HALO's scale has
     come to rest at its floor, which is where a `prune` to the same sparsity costs
@@ -69,7 +56,8 @@ class SparsityTarget(keras.callbacks.Callback):
     low: LTP with a tenth of the `l0` that would do without. And both methods need a
     learning rate that still moves something when the target comes near: one that falls
     evenly, as along a cosine, serves better than one that falls in steps early on.
-    A warning says so where training ends off the target by more than 0.02, or by more
+    HALO wants some 150 looks: it steers too coarsely in trainings of few steps.
+    A warning tells where training ends off the target by more than 0.02, or by more
     than a quarter of the weights that were to be left.
 
     Args:
@@ -111,16 +99,22 @@ class SparsityTarget(keras.callbacks.Callback):
                 "`SparsityTarget` must be given to a model with HALO or LTP in it. "
                 f"Received: model '{self.model.name}' without."
             )
+        methods: dict[Steering, list] = {}
+        for governor in self._governors:
+            methods.setdefault(governor.steering, []).append(governor)
+        self._methods = list(methods.items())
         epochs = max(1, self.params["epochs"])
         self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / epochs))
         if self.params["steps"]:  # of generators it is not known
             self._per_epoch = min(self._per_epoch, self.params["steps"])
-        self._left = None  # not before other callbacks have restored what they restore
+        self._epoch = None  # nothing was trained yet
 
     def on_epoch_begin(self, epoch, logs=None):
+        # In every epoch, not only in the first after other callbacks have restored what
+        # they restore: a rate that was changed in between would else be answered to by
+        # a training that was not cut, and not by one that was.
         self._epoch, self._looks = epoch, 0
-        if self._left is None:
-            self._left = self._log_left()
+        self._last = self._look()
 
     def on_train_batch_end(self, batch, logs=None):
         steps = self.params["steps"]
@@ -145,9 +139,9 @@ class SparsityTarget(keras.callbacks.Callback):
         self._steer(epoch + 1, 1)
 
     def on_train_end(self, logs=None):
-        if self._left is None:
-            return  # nothing was trained
-        reached = 1 - math.exp(self._log_left())
+        if self._epoch is None:
+            return
+        reached = 1 - math.exp(log_left(self._governors))
         off = min(_MISSED, _MISSED_OF_LEFT * (1 - self.sparsity))
         if abs(reached - self.sparsity) > off:
             coefficients = "higher" if reached < self.sparsity else "lower"
@@ -160,29 +154,26 @@ class SparsityTarget(keras.callbacks.Callback):
                 stacklevel=2,
             )
 
+    def _look(self):
+        """How far each method is from the sparsity, and the learning rate."""
+        distances = [
+            steering.distance(steered, self.sparsity)
+            for steering, steered in self._methods
+        ]
+        return distances, float(to_array(self.model.optimizer.learning_rate))
+
     def _steer(self, epochs, looks_per_epoch):
         """Changes the strengths, `epochs` after the start of the training."""
-        progress = epochs / self.params["epochs"]
-        last, self._left = self._left, self._log_left()
-        remaining = max(_APPROACH - progress, _CORRECTION)
-        looks = max(1.0, remaining * self.params["epochs"] * looks_per_epoch)
-        needed = (self._left - math.log(1 - self.sparsity)) / looks
-        rate = last - self._left
-        change = (needed - rate) / (abs(needed) + abs(rate) + _STILL)
-        if needed < 0:
-            change *= _ARRIVED
-        begun = self._left <= math.log(1 - _BEGUN * self.sparsity)
-        for governor in self._governors:
-            strength = float(to_array(governor.strength))
-            # A strength that was changed tells, after a restart too, that it had begun.
-            if not begun and strength == 1 and progress < governor.patience:
-                continue
-            low, high = governor.strength_range
-            strength *= (high / low) ** (_CHANGE * change)
-            governor.strength.assign(min(max(strength, low), high))
-
-    def _log_left(self):
-        """The logarithm of the part of the weights that is left."""
-        counts = [governor.count_pruned() for governor in self._governors]
-        pruned, size = (sum(column) for column in zip(*counts, strict=True))
-        return math.log(max(size - pruned, 1) / size)
+        (last_distances, last_rate), self._last = self._last, self._look()
+        distances, rate = self._last
+        slower = last_rate / rate if rate > 0 else 1.0
+        whole = self.params["epochs"]
+        for (steering, steered), distance, last in zip(
+            self._methods, distances, last_distances, strict=True
+        ):
+            looks = steering.looks_left(epochs / whole, whole * looks_per_epoch)
+            for governor in steered:
+                strength = float(to_array(governor.strength))
+                governor.strength.assign(
+                    steering.next_strength(strength, distance, last, looks, slower)
+                )

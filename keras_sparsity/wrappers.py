@@ -10,6 +10,7 @@ from keras_sparsity.bounds import Bounds
 from keras_sparsity.checks import check_number
 from keras_sparsity.handover import Handover
 from keras_sparsity.selection import Governed, choose, full_precision
+from keras_sparsity.steering import Steering, weights_to_go
 from keras_sparsity.substitution import (
     SubstitutingWrapper,
     TransparentWrapper,
@@ -102,10 +103,17 @@ class LTP(SubstitutingWrapper):
         section 3. The units of the variance are this package's.
     """
 
-    # The range in which `SparsityTarget` looks for the right factor on `l0`, and the
-    # part of the training that it waits for a first effect: thresholds follow at once.
-    strength_range = (1e-3, 1e6)
-    patience = 0.0
+    # Taken back further and further when there are enough zeros, thresholds fall into
+    # the gap that they have left and open the gates of weights near zero.
+    steering = Steering(
+        distance=weights_to_go,
+        lowest=1e-3,
+        highest=1e6,
+        approach=0.8,
+        correction=0.1,
+        back=0.25,
+        moves_with_rate=True,
+    )
 
     def __init__(
         self,

@@ -18,8 +18,8 @@ TREES = {path.stem: ast.parse(path.read_text()) for path in PACKAGE.glob("*.py")
 
 FLOORS = [
     {"bounds", "checks", "distribution", "files", "handover", "products", "record"}
-    | {"replicas", "schedules", "selection", "state", "substitution", "timing"}
-    | {"units"},
+    | {"replicas", "schedules", "selection", "state", "steering", "substitution"}
+    | {"timing", "units"},
     {"counting", "influence", "layer_kinds", "macs", "masks", "optimizers", "rebuild"}
     | {"recalibration", "regularizers", "report", "saving", "sparse_layer", "wrappers"},
     {"compact", "pruning", "target", "transform"},
@@ -41,6 +41,7 @@ NEIGHBORS = {
     ("sparse_layer", "rebuild"),
     ("state", "replicas"),
     ("state", "selection"),
+    ("steering", "selection"),
     ("substitution", "selection"),
     ("timing", "selection"),
 }
