@@ -28,8 +28,9 @@ class Method:
         settings: Dicts of which to choose one, on validation data: arguments of the
             method, and `pretrain` or `multiplier` where they are to differ.
         pretrain: Part of the epochs that train the dense network before.
-        targets: Whether each sparsity takes a training of its own. If not, one is
-            pruned to each of them.
+        targets: Whether each sparsity takes a training of its own. If not, one training
+            serves all of them.
+        cut: Callable of the trained model and the target: the plain sparse model.
         prunes: Whether it prunes at all: else its only sparsity is zero.
         steady: Whether the learning rate stays what it is until the last phase. If not,
             it falls to zero in each of them.
@@ -41,17 +42,18 @@ class Method:
     settings: tuple = ({},)
     pretrain: float = 0.0
     targets: bool = False
+    cut: Callable = ks.prune
     callbacks: Callable = lambda target, steps: []
     multiplier: float = 1.0
     prunes: bool = True
     steady: bool = False
 
 
-def penalty(regularizer, *settings, multiplier=1.0):
+def penalty(regularizer, *settings, **fields):
     def governs(target, steps, **settings):
         return regularizer(**settings)
 
-    return Method(governs, settings, multiplier=multiplier)
+    return Method(governs, settings, **fields)
 
 
 def cubic(target, steps):
@@ -71,6 +73,15 @@ def masked(target, steps):
 
 def learned(target, steps, **settings):
     return functools.partial(ks.LTP, **settings)
+
+
+def steered(target, steps):
+    return [ks.SparsityTarget(target)]
+
+
+def as_gated(model, target):
+    """The cut of a method that leaves zeros itself."""
+    return ks.finalize(model)
 
 
 class GlobalMagnitude(keras.callbacks.Callback):
@@ -137,11 +148,19 @@ METHODS = {
         {"xi": 3e-7, "psi": 3e-4},
         multiplier=4.0,
     ),
-    "gradual": Method(gradual, pretrain=0.5, targets=True, steady=True),
+    "halo_steered": penalty(
+        ks.HALO,
+        {"xi": 3e-7, "psi": 7e-4},
+        multiplier=4.0,
+        targets=True,
+        callbacks=steered,
+    ),
+    "gradual": Method(gradual, pretrain=0.5, targets=True, cut=as_gated, steady=True),
     "gradual_global": Method(
         masked,
         pretrain=0.5,
         targets=True,
+        cut=as_gated,
         steady=True,
         callbacks=lambda target, steps: [GlobalMagnitude(cubic(target, steps))],
     ),
@@ -150,8 +169,9 @@ METHODS = {
         settings=({"l0": 1e-7},),
         pretrain=0.5,
         targets=True,
+        cut=as_gated,
         steady=True,
-        callbacks=lambda target, steps: [ks.SparsityTarget(target)],
+        callbacks=steered,
     ),
 }
 
@@ -219,7 +239,8 @@ def curve(network, data, method, settings, sparsities, training):
         training: A `Training`.
 
     Returns:
-        List of dicts, one for each of `sparsities`.
+        List of dicts, one for each of `sparsities`: the accuracies, the sparsities of
+        all and of each layer, and what `SparsityTarget` reached where it led.
     """
     method, arguments = chosen(method, settings)
     pretrain, epochs, finetune = phases(method, training.epochs, training.finetune)
@@ -229,20 +250,19 @@ def curve(network, data, method, settings, sparsities, training):
         training.fit(dense, data, pretrain, falls=not method.steady)
 
     def governed(target):
+        """The model that `method` has trained, and the callbacks that it had."""
         governs = method.governs(target, steps, **arguments)
         model = dense if governs is None else ks.sparsify(dense, governs)
         callbacks = method.callbacks(target, steps)
         falls = not (method.steady and finetune)
         training.fit(model, data, epochs, method.multiplier, callbacks, falls)
-        return model
+        return model, callbacks
 
     trained = None if method.targets else governed(None)
     points = []
     for sparsity in sparsities if method.prunes else [0.0]:
-        if method.targets:
-            small = ks.finalize(governed(sparsity))
-        else:
-            small = ks.prune(trained, sparsity)
+        model, callbacks = governed(sparsity) if method.targets else trained
+        small = method.cut(model, sparsity)
         if training.recalibrate:
             ks.recalibrate(small, data.train[0][:10_000], training.batch_size)
         if finetune:
@@ -254,6 +274,7 @@ def curve(network, data, method, settings, sparsities, training):
             {
                 "target": sparsity,
                 "sparsity": report.sparsity,
+                **led_to(callbacks),
                 "validation": accuracy(small, data.validation),
                 "test": accuracy(small, data.test),
                 "layers": {
@@ -262,6 +283,14 @@ def curve(network, data, method, settings, sparsities, training):
             }
         )
     return points
+
+
+def led_to(callbacks):
+    """Where training ended that was led to a sparsity, before any prune."""
+    for callback in callbacks:
+        if isinstance(callback, ks.SparsityTarget):
+            return {"reached": callback.reached}
+    return {}
 
 
 def accuracy(model, pair):

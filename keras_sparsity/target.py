@@ -64,6 +64,10 @@ class SparsityTarget(keras.callbacks.Callback):
         sparsity: Float in (0, 1): the part of the weights that the methods govern
             that shall be zero at the end of training.
 
+    Attributes:
+        reached: Float, the part of them that was gone when training ended; `None`
+            before.
+
     Raises:
         ValueError: If `sparsity` is out of its range; at the start of training, if
             nothing in the model can be steered; at the end of an epoch whose number of
@@ -86,6 +90,7 @@ class SparsityTarget(keras.callbacks.Callback):
                 "Argument `sparsity` must be in (0, 1). "
                 f"Received: sparsity={sparsity!r}"
             )
+        self.reached = None
 
     def on_train_begin(self, logs=None):
         _ = self.model.losses  # where scales are made late
@@ -141,13 +146,13 @@ class SparsityTarget(keras.callbacks.Callback):
     def on_train_end(self, logs=None):
         if self._epoch is None:
             return
-        reached = 1 - math.exp(log_left(self._governors))
+        self.reached = 1 - math.exp(log_left(self._governors))
         off = min(_MISSED, _MISSED_OF_LEFT * (1 - self.sparsity))
-        if abs(reached - self.sparsity) > off:
-            coefficients = "higher" if reached < self.sparsity else "lower"
+        if abs(self.reached - self.sparsity) > off:
+            coefficients = "higher" if self.reached < self.sparsity else "lower"
             warnings.warn(
                 f"`SparsityTarget` was to lead to a sparsity of {self.sparsity}, and "
-                f"training ended at {reached:.4f} after {self._epoch + 1} of "
+                f"training ended at {self.reached:.4f} after {self._epoch + 1} of "
                 f"{self.params['epochs']} epochs. What leads nearer: more epochs, a "
                 f"learning rate that falls later, or {coefficients} coefficients to "
                 "begin with (`l0` of LTP, `xi` and `psi` of HALO).",

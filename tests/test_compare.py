@@ -40,6 +40,7 @@ TRAINING = methods.Training(
     finetune=0.25,
     recalibrate=True,
 )
+STEERED = "halo_steered", "ltp"
 
 
 def network():
@@ -56,7 +57,7 @@ def network():
     )
 
 
-@pytest.mark.parametrize("name", sorted({*methods.METHODS} - {"dense", "ltp"}))
+@pytest.mark.parametrize("name", sorted({*methods.METHODS} - {"dense", *STEERED}))
 def test_every_method_comes_to_the_sparsity(name):
     method = methods.METHODS[name]
     points = methods.curve(
@@ -80,6 +81,17 @@ def test_ltp_is_steered():
     method = methods.METHODS["ltp"]
     (point,) = methods.curve(network, DATA, method, {"l0": 1e-4}, [0.3], TRAINING)
     assert abs(point["sparsity"] - 0.3) < 0.02
+    assert point["reached"] == pytest.approx(point["sparsity"])
+
+
+def test_halo_is_steered_and_then_pruned():
+    method = methods.METHODS["halo_steered"]
+    with pytest.warns(UserWarning, match="SparsityTarget"):  # 30 steps are too few
+        points = methods.curve(
+            network, DATA, method, method.settings[0], [0.5, 0.8], TRAINING
+        )
+    assert [point["sparsity"] for point in points] == [0.5, 0.8]
+    assert all(point["reached"] != point["target"] for point in points)
 
 
 def test_settings_may_tell_how_a_method_trains():

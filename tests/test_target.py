@@ -73,6 +73,7 @@ def test_a_target_that_is_missed_is_told(sparsity, reached, word):
     target.set_params({"epochs": 10, "steps": 10})
     target.on_train_begin()
     target.on_train_end()  # nothing was trained
+    assert target.reached is None
     target.on_epoch_begin(0)
     for governor in governors(model):
         size = math.prod(governor.gated[0].shape)
@@ -84,6 +85,9 @@ def test_a_target_that_is_missed_is_told(sparsity, reached, word):
     else:
         with pytest.warns(UserWarning, match=f"{sparsity}, and .* 1 of 10 .* {word} "):
             target.on_train_end()
+    sizes = [math.prod(governor.gated[0].shape) for governor in governors(model)]
+    gone = sum(round(reached * size) for size in sizes)
+    assert target.reached == pytest.approx(gone / sum(sizes), abs=1e-12)
 
 
 def test_halo_ends_where_the_prune_is_free():
