@@ -295,6 +295,6 @@ def led_to(callbacks):
 
 def accuracy(model, pair):
     model.compile(loss=LOSS, metrics=["accuracy"])
-    return model.evaluate(*pair, batch_size=1000, verbose=0, return_dict=True)[
+    return model.evaluate(*pair, batch_size=100, verbose=0, return_dict=True)[
         "accuracy"
     ]
