@@ -23,6 +23,7 @@ import time
 
 import curves
 import data as data_sets
+import denormals
 import keras
 import methods
 import models
@@ -203,6 +204,7 @@ def end_with_parent():
 def train(job, data_dir):
     """Does one of `jobs()`: its line for the results."""
     began = time.monotonic()
+    denormals.flush()
     keras.utils.clear_session()  # or all that was compiled before stays in memory
     data = load(job["dataset"], data_dir, job["validation_split"], job.get("images"))
     method = methods.METHODS[job["method"]]

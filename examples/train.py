@@ -13,6 +13,7 @@ import tempfile
 import time
 
 import data as data_sets
+import denormals
 import devices
 import imagenet
 import keras
@@ -252,5 +253,6 @@ def print_table(results):
 
 
 if __name__ == "__main__":
+    denormals.flush()
     FLAGS.set_default("verbosity", logging.WARNING)  # libraries log through absl
     app.run(main)

@@ -19,6 +19,7 @@ EXAMPLES = pathlib.Path(__file__).parents[1] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 
 import data  # noqa: E402
+import denormals  # noqa: E402
 import models  # noqa: E402
 import settings  # noqa: E402
 import train  # noqa: E402
@@ -43,6 +44,19 @@ def zeros(model):
     """Part of the zeros in the kernels."""
     kernels = [w.numpy() for w in model.weights if w.name == "kernel"]
     return sum((k == 0).sum() for k in kernels) / sum(k.size for k in kernels)
+
+
+def test_no_backend_computes_with_denormal_numbers():
+    small = keras.ops.convert_to_tensor(np.full(10_000, 1e-20, "float32"))
+    try:
+        denormals.flush()
+        product = keras.ops.convert_to_numpy(small * 1e-20)
+    finally:
+        if keras.backend.backend() == "torch":  # the tests' own process
+            import torch
+
+            torch.set_flush_denormal(False)
+    assert not product.any()
 
 
 def test_digits_are_standardized_and_split_by_seed():

@@ -32,6 +32,7 @@ from absl import app, flags, logging
 import keras_sparsity as ks
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+import denormals  # noqa: E402
 import models  # noqa: E402
 
 FLAGS = flags.FLAGS
@@ -67,6 +68,7 @@ flags.DEFINE_bool("json", False, "Print a line of JSON too.")
 
 def main(argv):
     del argv
+    denormals.flush()
     setting = machine.print_setting(jit_compile=FLAGS.jit_compile)
     results = {network: benchmark(network) for network in FLAGS.network}
     if FLAGS.json:
