@@ -39,7 +39,7 @@ class SparsityTarget(keras.callbacks.Callback):
     | looks that remain | to 80 % of the training, or | to 40 % of the training, or   |
     |                   | at least a tenth of it      | at least a twentieth of it    |
     | needed, if < 0    | a quarter                   | the whole                     |
-    | change, if < 0    | the same                    | six times                     |
+    | change, if < 0    | one and a half times        | six times                     |
 
     where HALO's distance is that of the smallest scale that shall not fall: scales come
     down together, and what counts them would see nothing before most of them arrive.

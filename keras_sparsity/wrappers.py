@@ -112,6 +112,7 @@ class LTP(SubstitutingWrapper):
         approach=0.8,
         correction=0.1,
         back=0.25,
+        brake=1.5,
         moves_with_rate=True,
     )
 

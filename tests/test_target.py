@@ -200,6 +200,8 @@ def test_strength_follows_the_formula():
                 needed /= 4
             rate = left[-2] - left[-1]
             change = (needed - rate) / (abs(needed) + abs(rate) + 0.01)
+            if change < 0:
+                change *= 1.5
             strength *= 1e9 ** (change / 15)
         for governor in governors(model):
             assert strength_of(governor) == pytest.approx(strength, rel=1e-5)
