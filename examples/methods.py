@@ -151,6 +151,7 @@ METHODS = {
     "halo_steered": penalty(
         ks.HALO,
         {"xi": 3e-7, "psi": 7e-4},
+        {"xi": 1e-7, "psi": 3e-4},
         multiplier=4.0,
         targets=True,
         callbacks=steered,
