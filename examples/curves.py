@@ -98,7 +98,8 @@ def cell(points, target):
     """The accuracy, and the sparsity where it is another than was asked for."""
     accuracy = f"{100 * mean(points):.2f} ± {100 * spread(points):.2f}"
     sparsity = mean(points, "sparsity")
-    return accuracy + (f" at {sparsity:.1%}" if abs(sparsity - target) > 1e-3 else "")
+    off = min(1e-3, 0.05 * (1 - target))  # where few are left, few are many
+    return accuracy + (f" at {sparsity:.2%}" if abs(sparsity - target) > off else "")
 
 
 def plot(lines, path):

@@ -8,7 +8,7 @@ import numpy as np
 
 from keras_sparsity.selection import to_array
 
-# The largest change of the logarithm of a strength at a look, as a part of its range:
+# The largest rise of the logarithm of a strength at a look, as a part of its range:
 # LTP's thresholds follow prices that grow by orders of magnitude, HALO's scales need
 # time to answer. And the speed, a distance per look, that is too small to matter.
 _CHANGE = 1 / 15

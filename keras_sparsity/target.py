@@ -29,7 +29,7 @@ class SparsityTarget(keras.callbacks.Callback):
     needed   = distance / looks that remain
     speed    = distance at the last look - distance
     change   = (needed - speed) / (|needed| + |speed| + 0.01)
-    strength = strength * (highest / lowest) ** (change / 15)
+    strength = strength * (highest / lowest) ** (change / 15)   in lowest to highest
     ```
 
     |                   | LTP                         | HALO                          |
@@ -43,8 +43,9 @@ class SparsityTarget(keras.callbacks.Callback):
 
     where HALO's distance is that of the smallest scale that shall not fall: scales come
     down together, and what counts them would see nothing before most of them arrive.
-    LTP's strength rises also as the learning rate falls, by as much, since a threshold
-    moves by the product of the two. A model with both has each led to the sparsity.
+    LTP's strength rises also as a schedule lowers the learning rate, and falls as one
+    raises it, by as much: with SGD a threshold moves by the product of the two. A model
+    with both has each led to the sparsity.
 
     A weight counts as gone where LTP's hard gate is closed, and where HALO's scale has
     come to rest at its floor, which is where a `prune` to the same sparsity costs
@@ -56,7 +57,9 @@ class SparsityTarget(keras.callbacks.Callback):
     low: LTP with a tenth of the `l0` that would do without. And both methods need a
     learning rate that still moves something when the target comes near: one that falls
     evenly, as along a cosine, serves better than one that falls in steps early on.
-    HALO wants some 150 looks: it steers too coarsely in trainings of few steps.
+    HALO wants some hundred looks, 20 epochs: it steers too coarsely in few steps. It
+    must arrive early, at ten times its strength at most: begin with a `psi` that is
+    several times what would do without.
     A warning tells where training ends off the target by more than 0.02, or by more
     than a quarter of the weights that were to be left.
 
@@ -108,6 +111,7 @@ class SparsityTarget(keras.callbacks.Callback):
         for governor in self._governors:
             methods.setdefault(governor.steering, []).append(governor)
         self._methods = list(methods.items())
+        self.reached = None
         epochs = max(1, self.params["epochs"])
         self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / epochs))
         if self.params["steps"]:  # of generators it is not known
@@ -171,7 +175,7 @@ class SparsityTarget(keras.callbacks.Callback):
         """Changes the strengths, `epochs` after the start of the training."""
         (last_distances, last_rate), self._last = self._last, self._look()
         distances, rate = self._last
-        slower = last_rate / rate if rate > 0 else 1.0
+        slower = last_rate / rate if last_rate > 0 and rate > 0 else 1.0
         whole = self.params["epochs"]
         for (steering, steered), distance, last in zip(
             self._methods, distances, last_distances, strict=True

@@ -104,7 +104,8 @@ class LTP(SubstitutingWrapper):
     """
 
     # Taken back further and further when there are enough zeros, thresholds fall into
-    # the gap that they have left and open the gates of weights near zero.
+    # the gap that they have left and open the gates of weights near zero. Crossing such
+    # a gap closes nothing for some looks and then much at once: hence the brake.
     steering = Steering(
         distance=weights_to_go,
         lowest=1e-3,

@@ -123,10 +123,12 @@ def test_halo_and_ltp_in_one_model_are_each_led_to_the_sparsity():
     assert strength_of(ltp) > before[0] and strength_of(halo) < before[1]
 
 
-@pytest.mark.parametrize("rates", [(0.1, 0.05), (0.1, 0.0), (0.1, 0.1)])
-def test_the_price_of_a_threshold_rises_as_the_rate_falls(rates):
+@pytest.mark.parametrize(
+    "rates", [(0.1, 0.05), (0.1, 0.0), (0.1, 0.1), (0.05, 0.1), (0.0, 0.1)]
+)
+def test_the_price_of_a_threshold_goes_against_the_rate(rates):
     strengths = []
-    for last_rate, rate in ((0.1, 0.1), rates):
+    for last_rate, rate in ((0.1, 0.1), rates):  # nothing is trained in between
         model = network(LTP)
         model.compile(ks.SparsityOptimizer(keras.optimizers.SGD(last_rate)), "mse")
         target = ks.SparsityTarget(0.9)
@@ -137,7 +139,7 @@ def test_the_price_of_a_threshold_rises_as_the_rate_falls(rates):
         model.optimizer.learning_rate = rate
         target.on_train_batch_end(0)
         strengths.append(strength_of(governors(model)[0]))
-    ratio = rates[0] / rates[1] if rates[1] else 1
+    ratio = rates[0] / rates[1] if all(rates) else 1
     assert strengths[1] == pytest.approx(ratio * strengths[0], rel=1e-5)
 
 
