@@ -56,6 +56,19 @@ def penalty(regularizer, *settings, **fields):
     return Method(governs, settings, **fields)
 
 
+def gates(governs, *settings, **fields):
+    """A dense network first, and then gates that come to the zeros of each target."""
+    return Method(
+        governs,
+        settings or ({},),
+        pretrain=0.5,
+        targets=True,
+        cut=lambda model, target: ks.finalize(model),
+        steady=True,
+        **fields,
+    )
+
+
 def cubic(target, steps):
     """From dense to `target` in three quarters of the steps; the rest is to recover."""
     return ks.CubicSparsity(
@@ -77,11 +90,6 @@ def learned(target, steps, **settings):
 
 def steered(target, steps):
     return [ks.SparsityTarget(target)]
-
-
-def as_gated(model, target):
-    """The cut of a method that leaves zeros itself."""
-    return ks.finalize(model)
 
 
 class GlobalMagnitude(keras.callbacks.Callback):
@@ -156,24 +164,12 @@ METHODS = {
         targets=True,
         callbacks=steered,
     ),
-    "gradual": Method(gradual, pretrain=0.5, targets=True, cut=as_gated, steady=True),
-    "gradual_global": Method(
+    "gradual": gates(gradual),
+    "gradual_global": gates(
         masked,
-        pretrain=0.5,
-        targets=True,
-        cut=as_gated,
-        steady=True,
         callbacks=lambda target, steps: [GlobalMagnitude(cubic(target, steps))],
     ),
-    "ltp": Method(
-        learned,
-        settings=({"l0": 1e-7},),
-        pretrain=0.5,
-        targets=True,
-        cut=as_gated,
-        steady=True,
-        callbacks=steered,
-    ),
+    "ltp": gates(learned, {"l0": 1e-7}, callbacks=steered),
 }
 
 

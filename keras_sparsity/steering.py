@@ -85,10 +85,10 @@ def weights_to_go(governors, sparsity):
 
 
 def scale_to_fall(governors, sparsity):
-    """How far the scale of the last weight to go is from where it counts as gone."""
+    """How far the smallest scale that shall stay is from where its weight is gone."""
     # In units of the latter, so that scales of several floors are one order.
     scales = np.concatenate(
         [(to_array(g.scale) / g.gone_below).ravel() for g in governors]
     )
-    last = min(round(sparsity * scales.size), scales.size - 1)
-    return float(np.partition(scales, last)[last]) - 1
+    stays = min(round(sparsity * scales.size), scales.size - 1)
+    return float(np.partition(scales, stays)[stays]) - 1

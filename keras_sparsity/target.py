@@ -107,10 +107,9 @@ class SparsityTarget(keras.callbacks.Callback):
                 "`SparsityTarget` must be given to a model with HALO or LTP in it. "
                 f"Received: model '{self.model.name}' without."
             )
-        methods: dict[Steering, list] = {}
+        self._methods: dict[Steering, list] = {}
         for governor in self._governors:
-            methods.setdefault(governor.steering, []).append(governor)
-        self._methods = list(methods.items())
+            self._methods.setdefault(governor.steering, []).append(governor)
         self.reached = None
         epochs = max(1, self.params["epochs"])
         self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / epochs))
@@ -167,7 +166,7 @@ class SparsityTarget(keras.callbacks.Callback):
         """How far each method is from the sparsity, and the learning rate."""
         distances = [
             steering.distance(steered, self.sparsity)
-            for steering, steered in self._methods
+            for steering, steered in self._methods.items()
         ]
         return distances, float(to_array(self.model.optimizer.learning_rate))
 
@@ -178,7 +177,7 @@ class SparsityTarget(keras.callbacks.Callback):
         slower = last_rate / rate if last_rate > 0 and rate > 0 else 1.0
         whole = self.params["epochs"]
         for (steering, steered), distance, last in zip(
-            self._methods, distances, last_distances, strict=True
+            self._methods.items(), distances, last_distances, strict=True
         ):
             looks = steering.looks_left(epochs / whole, whole * looks_per_epoch)
             for governor in steered:
