@@ -46,17 +46,19 @@ def zeros(model):
     return sum((k == 0).sum() for k in kernels) / sum(k.size for k in kernels)
 
 
-def test_no_backend_computes_with_denormal_numbers():
-    small = keras.ops.convert_to_tensor(np.full(1_000_000, 1e-20, "float32"))
+@pytest.mark.skipif(
+    keras.backend.backend() != "torch", reason="TensorFlow and XLA decide by themselves"
+)
+def test_torch_computes_without_denormal_numbers():
+    import torch
+
+    small = torch.full((100,), 1e-20)  # few: threads that run already keep their way
+    assert (small * 1e-20).all()
     try:
         denormals.flush()
-        product = keras.ops.convert_to_numpy(small * 1e-20)
+        assert not (small * 1e-20).any()
     finally:
-        if keras.backend.backend() == "torch":  # the tests' own process
-            import torch
-
-            torch.set_flush_denormal(False)
-    assert not product.any()
+        torch.set_flush_denormal(False)  # the tests' own process
 
 
 def test_digits_are_standardized_and_split_by_seed():
