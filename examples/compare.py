@@ -55,7 +55,11 @@ flags.DEFINE_list(
     "Parts of the epochs that train the pruned network with its zeros kept; every "
     "method is run with each.",
 )
-flags.DEFINE_bool("recalibrate", False, "Recalibrate batch statistics when pruned.")
+flags.DEFINE_bool(
+    "recalibrate",
+    False,
+    "Measure every pruned network with batch statistics gathered anew too.",
+)
 flags.DEFINE_integer("batch_size", 100, "Images per step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 0.1, "At the start of each phase.", lower_bound=0)
 flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0, upper_bound=1)

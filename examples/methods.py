@@ -236,8 +236,9 @@ def curve(network, data, method, settings, sparsities, training):
         training: A `Training`.
 
     Returns:
-        List of dicts, one for each of `sparsities`: the accuracies, the sparsities of
-        all and of each layer, and what `SparsityTarget` reached where it led.
+        List of dicts, one for each of `sparsities`: the accuracies, those with batch
+        statistics gathered anew if `training.recalibrate`, the sparsities of all and
+        of each layer, and what `SparsityTarget` reached where it led.
     """
     method, arguments = chosen(method, settings)
     pretrain, epochs, finetune = phases(method, training.epochs, training.finetune)
@@ -260,8 +261,6 @@ def curve(network, data, method, settings, sparsities, training):
     for sparsity in sparsities if method.prunes else [0.0]:
         model, callbacks = governed(sparsity) if method.targets else trained
         small = method.cut(model, sparsity)
-        if training.recalibrate:
-            ks.recalibrate(small, data.train[0][:10_000], training.batch_size)
         if finetune:
             small = ks.sparsify(small, ks.KeepZeros)
             training.fit(small, data, finetune)
@@ -272,13 +271,15 @@ def curve(network, data, method, settings, sparsities, training):
                 "target": sparsity,
                 "sparsity": report.sparsity,
                 **led_to(callbacks),
-                "validation": accuracy(small, data.validation),
-                "test": accuracy(small, data.test),
+                **accuracies(small, data),
                 "layers": {
                     row.path: row.sparsity for row in report.rows if len(row.shape) >= 2
                 },
             }
         )
+        if training.recalibrate:
+            ks.recalibrate(small, data.train[0][:10_000], training.batch_size)
+            points[-1]["recalibrated"] = accuracies(small, data)
     return points
 
 
@@ -290,8 +291,9 @@ def led_to(callbacks):
     return {}
 
 
-def accuracy(model, pair):
+def accuracies(model, data):
     model.compile(loss=LOSS, metrics=["accuracy"])
-    return model.evaluate(*pair, batch_size=100, verbose=0, return_dict=True)[
-        "accuracy"
-    ]
+    return {
+        name: model.evaluate(*pair, batch_size=100, verbose=0)[1]
+        for name, pair in [("validation", data.validation), ("test", data.test)]
+    }

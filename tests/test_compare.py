@@ -1,5 +1,6 @@
 """The comparison of methods: what it trains, records, chooses and draws."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -94,6 +95,31 @@ def test_halo_is_steered_and_then_pruned():
     assert all(point["reached"] != point["target"] for point in points)
 
 
+def test_batch_statistics_are_gathered_anew_beside():
+    pruned, copies = [], []
+
+    def cut(model, target):
+        pruned.append(ks.prune(model, target))
+        copies.append(ks.finalize(pruned[-1]))
+        return pruned[-1]
+
+    method = dataclasses.replace(methods.METHODS["magnitude"], cut=cut)
+    training = dataclasses.replace(TRAINING, finetune=0.0)
+    (point,) = methods.curve(network, DATA, method, {}, [0.8], training)
+    assert point["test"] == methods.accuracies(copies[0], DATA)["test"]
+    ks.recalibrate(copies[0], DATA.train[0], TRAINING.batch_size)
+    assert point["recalibrated"] == methods.accuracies(copies[0], DATA)
+    for a, b in zip(pruned[0].get_weights(), copies[0].get_weights(), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+    training = dataclasses.replace(training, recalibrate=False)
+    (other,) = methods.curve(network, DATA, method, {}, [0.8], training)
+    assert "recalibrated" not in other
+    assert all(
+        other[name] == point[name] for name in ("sparsity", "validation", "test")
+    )
+
+
 def test_settings_may_tell_how_a_method_trains():
     ltp = methods.METHODS["ltp"]
     settings = {"l0": 1e-3, "pretrain": 0.25, "multiplier": 3}
@@ -154,6 +180,13 @@ def test_table_and_plot(tmp_path):
         for seed, t in [(0, 0.8), (1, 0.9)]
     ]
     assert curves.table(lines).splitlines()[2] == "| halo | 0% | 85.00 ± 7.07 |"
+    point = {"validation": 0.8, "test": 0.7}
+    anew = line(p={**point, "recalibrated": {"validation": 0.9, "test": 0.85}})
+    rows = curves.table([anew]).splitlines()[2:]
+    assert rows == [
+        "| halo | 0% | 70.00 ± 0.00 |",
+        "| halo, recalibrated | 0% | 85.00 ± 0.00 |",
+    ]
     dense = line("dense", p={"validation": 0.9, "test": 0.9, "target": 0.0})
     tuned = [{**each, "finetune": 0.2} for each in lines]
     for drawn in (lines, [dense], [dense, *lines, *tuned]):
