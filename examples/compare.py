@@ -16,7 +16,6 @@ import json
 import multiprocessing
 import os
 import pathlib
-import platform
 import sys
 import threading
 import time
@@ -43,9 +42,13 @@ flags.DEFINE_string(
 )
 flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.98", "0.99"], "In [0, 1).")
 flags.DEFINE_integer("seeds", 3, "Trainings of each kind.", lower_bound=1)
-flags.DEFINE_enum("model", "lenet_300_100", list(models.NETWORKS), "The network.")
-flags.DEFINE_string("dataset", "digits", "As for train.py, or the path of an .npz.")
+flags.DEFINE_string("model", "lenet_300_100", "The network, as for train.py.")
+flags.DEFINE_string("dataset", "digits", "As for train.py.")
 flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps its data.")
+flags.DEFINE_bool("download", False, "Let tensorflow-datasets download the data set.")
+flags.DEFINE_integer(
+    "image_size", None, "Height and width to resize images to.", lower_bound=1
+)
 flags.DEFINE_float("validation_split", 0.1, "Part held out, in (0, 1).")
 flags.DEFINE_integer("images", None, "Train with so many only.", lower_bound=1)
 flags.DEFINE_integer("epochs", 20, "Epochs of every method in all.", lower_bound=2)
@@ -65,7 +68,12 @@ flags.DEFINE_float("learning_rate", 0.1, "At the start of each phase.", lower_bo
 flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float("weight_decay", 5e-3, "Of the weights.", lower_bound=0)
 flags.DEFINE_string("results", "runs/compare.jsonl", "File to append lines to.")
-flags.DEFINE_integer("jobs", os.cpu_count(), "Trainings at a time.", lower_bound=1)
+flags.DEFINE_integer(
+    "jobs",
+    None,
+    "Trainings at a time. Default: one for each core; on a GPU give 1.",
+    lower_bound=1,
+)
 
 
 def parts(values):
@@ -105,6 +113,11 @@ flags.register_validator(
     lambda names: {*names} <= {*methods.METHODS},
     f"must be of {', '.join(methods.METHODS)}.",
 )
+flags.register_validator(
+    "model",
+    models.is_known,
+    f"must be one of {', '.join(models.NETWORKS)}, or keras_cv/PRESET.",
+)
 for name in ("sparsities", "finetune"):
     flags.register_validator(name, parts, "must be numbers in [0, 1).")
 flags.register_validator(
@@ -122,32 +135,51 @@ def main(argv):
     del argv
     asked = list(jobs())
     for job in asked:
-        method, _ = methods.chosen(methods.METHODS[job["method"]], job["settings"])
-        _, epochs, _ = methods.phases(method, job["epochs"], job["finetune"])
-        if epochs < 1:
-            raise app.UsageError(
-                f"--finetune must leave epochs to {job['method']}, which takes "
-                f"{method.pretrain:.0%} of them to begin with (`pretrain`). Received: "
-                f"--finetune={job['finetune']} --epochs={FLAGS.epochs}"
-            )
+        check_epochs(job)
     results = pathlib.Path(FLAGS.results)
-    results.parent.mkdir(parents=True, exist_ok=True)
-    done = {curves.key(line) for line in curves.read(results)}
+    lines = curves.read(results)
+    done = {curves.key(line) for line in lines}
     todo = [job for job in asked if curves.key(job) not in done]
-    print(f"{len(done)} trainings recorded in {results}, {len(todo)} to do")
-    bar = keras.utils.Progbar(len(todo), unit_name="training")
+    print(f"{len(lines)} trainings recorded in {results}, {len(todo)} to do")
     if todo:
         try:
-            load(FLAGS.dataset, FLAGS.data_dir, FLAGS.validation_split, FLAGS.images)
+            load(todo[0], FLAGS.data_dir, FLAGS.download)
         except (ImportError, ValueError, OSError) as error:
             sys.exit(f"{error}")  # it says what is missing, and what to do
+    results.parent.mkdir(parents=True, exist_ok=True)
     end_last_line(results)
-    with pool(min(FLAGS.jobs, len(todo) or 1)) as executor, results.open("a") as file:
-        futures = [executor.submit(train, job, FLAGS.data_dir) for job in todo]
+    bar = keras.utils.Progbar(len(todo), unit_name="training")
+    failed = []
+    with pool(min(FLAGS.jobs or provenance.cores(), len(todo) or 1)) as executor:
+        futures = {executor.submit(train, job, FLAGS.data_dir): job for job in todo}
         for future in concurrent.futures.as_completed(futures):
-            print(json.dumps(future.result()), file=file, flush=True)
+            job = futures[future]
+            try:
+                line = future.result()
+            except Exception as error:  # the others are worth having all the same
+                failed.append(f"{job['method']} {job['settings']}: {error!r}")
+            else:
+                lines.append(line)
+                with results.open("a") as file:
+                    print(json.dumps(line), file=file)
             bar.add(1)
-    print(curves.table(curves.read(results)))
+    same = {*curves.comparisons(asked)}
+    for name, group in curves.comparisons(lines).items():
+        if name in same:
+            print(curves.table(group))
+    if failed:
+        sys.exit("\n".join([f"{len(failed)} trainings failed:", *failed]))
+
+
+def check_epochs(job):
+    method, _ = methods.configured(methods.METHODS[job["method"]], job["settings"])
+    _, epochs, after = methods.phases(method, job["epochs"], job["finetune"])
+    if epochs < 1 or (job["finetune"] and not after):
+        raise app.UsageError(
+            f"--finetune must leave epochs to {job['method']}, which takes "
+            f"{method.pretrain:.0%} of them to begin with (`pretrain`), and take one "
+            f"itself. Received: --finetune={job['finetune']} --epochs={job['epochs']}"
+        )
 
 
 def end_last_line(path):
@@ -165,8 +197,11 @@ def jobs():
         for name in ("model", "dataset", "validation_split", "epochs", "batch_size")
         + ("learning_rate", "momentum", "weight_decay", "recalibrate")
     }
-    if FLAGS.images:  # else not named, as in lines that are older than the flag
-        conditions["images"] = FLAGS.images
+    for name in ("images", "image_size"):
+        if FLAGS[
+            name
+        ].value:  # else not named, as in lines that are older than the flag
+            conditions[name] = FLAGS[name].value
     sparsities = [float(value) for value in FLAGS.sparsities]
     chosen = json.loads(FLAGS.settings)
     for seed, finetune, name in itertools.product(
@@ -185,11 +220,12 @@ def jobs():
 
 def pool(processes):
     """Processes that share the cores, each with Keras and a data set of its own."""
-    threads = max(1, os.cpu_count() // processes)
+    threads = max(1, provenance.cores() // processes)
     # Read when a backend is imported, which the processes have before them.
     os.environ["OMP_NUM_THREADS"] = os.environ["TF_NUM_INTRAOP_THREADS"] = str(threads)
     if threads == 1:
-        os.environ["XLA_FLAGS"] = "--xla_cpu_multi_thread_eigen=false"
+        own = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = f"{own} --xla_cpu_multi_thread_eigen=false".strip()
     # Without `max_tasks_per_child`, with which Python 3.11 waits for ever.
     spawn = multiprocessing.get_context("spawn")
     return concurrent.futures.ProcessPoolExecutor(processes, spawn, end_with_parent)
@@ -210,7 +246,7 @@ def train(job, data_dir):
     began = time.monotonic()
     denormals.flush()
     keras.utils.clear_session()  # or all that was compiled before stays in memory
-    data = load(job["dataset"], data_dir, job["validation_split"], job.get("images"))
+    data = load(job, data_dir)
     method = methods.METHODS[job["method"]]
     fields = [field.name for field in dataclasses.fields(methods.Training)]
     training = methods.Training(**{name: job[name] for name in fields})
@@ -227,16 +263,23 @@ def train(job, data_dir):
         **job,
         "curve": points,
         "seconds": round(time.monotonic() - began, 1),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores",
         **provenance.provenance(),
     }
 
 
-@functools.lru_cache(1)
-def load(dataset, data_dir, validation, count):
-    return data_sets.load(
-        dataset, data_dir=data_dir, validation=validation, count=count
+def load(job, data_dir, download=False):
+    """The data set of one of `jobs()`: the same for all of them."""
+    return cached(
+        job["dataset"],
+        data_dir=data_dir,
+        download=download,
+        validation=job["validation_split"],
+        count=job.get("images"),
+        image_size=job.get("image_size"),
     )
+
+
+cached = functools.lru_cache(1)(data_sets.load)
 
 
 if __name__ == "__main__":

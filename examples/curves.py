@@ -14,8 +14,14 @@ FLAGS = flags.FLAGS
 FORMAT = 1
 
 # What a training came to, and where; the rest of a line is what was asked for.
-_OUTCOME = ("format", "curve", "seconds", "backend", "versions", "hardware", "command")
-_OUTCOME += ("time",)
+_OUTCOME = {"format", "curve", "seconds", "backend", "versions", "hardware", "command"}
+_OUTCOME |= {"time", "commit"}
+# What a comparison compares; the rest of what was asked for is the same in all of it.
+_COMPARED = {"method", "settings", "finetune", "seed", "sparsities", "recalibrate"}
+
+_NAMES = ("halo", "ltp", "gradual", "gradual_global", "magnitude", "l1", "sws", "mcp")
+_NAMES += ("halo_steered", "dense")
+_COLORS = {name: f"C{index}" for index, name in enumerate(_NAMES)}
 
 
 def read(path):
@@ -26,16 +32,19 @@ def read(path):
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
+            line["curve"]
         except json.JSONDecodeError:
             print(f"{path}, line {number} is cut or no JSON: it is left out.")
-            continue
-        if line.get("format") != FORMAT:
+        except (TypeError, KeyError):
+            print(f"{path}, line {number} is not of compare.py: it is left out.")
+        else:
+            if line.get("format") == FORMAT:
+                lines.append(line)
+                continue
             print(
                 f"{path}, line {number} has format {line.get('format')}, not {FORMAT}: "
                 "it is left out."
             )
-            continue
-        lines.append(line)
     return lines
 
 
@@ -43,6 +52,15 @@ def key(line):
     """What a line was asked for: equal for a training and its repetition."""
     asked = {name: value for name, value in line.items() if name not in _OUTCOME}
     return json.dumps(asked, sort_keys=True)
+
+
+def comparisons(lines):
+    """The lines by what is the same in a comparison: network, data set, epochs, ..."""
+    groups = collections.defaultdict(list)
+    for line in lines:
+        same = line.keys() - _OUTCOME - _COMPARED
+        groups[", ".join(f"{name}={line[name]}" for name in sorted(same))].append(line)
+    return groups
 
 
 def chosen(lines):
@@ -55,15 +73,15 @@ def chosen(lines):
         Dict of `(method, finetune)` to a dict of each target to a list of points, one
         for each seed.
     """
-    points = collections.defaultdict(list)
+    points: dict = collections.defaultdict(dict)
     for line in lines:
         for point in line["curve"]:
             settings = json.dumps(line["settings"], sort_keys=True)
-            points[line["method"], line["finetune"], point["target"], settings].append(
-                {**point, "settings": line["settings"]}
-            )
+            group = points[line["method"], line["finetune"], point["target"], settings]
+            group[line["seed"]] = {**point, "settings": line["settings"]}
     best: dict = collections.defaultdict(dict)
-    for (method, finetune, target, _), group in points.items():
+    for (method, finetune, target, _), seeds in points.items():
+        group = list(seeds.values())
         held = best[method, finetune].get(target)
         if held is None or rank(group) > rank(held):
             best[method, finetune][target] = group
@@ -116,22 +134,23 @@ def plot(lines, path):
     from matplotlib.figure import Figure
 
     best = sorted(chosen(lines).items())
-    kinds = sorted({bool(finetune) for (_, finetune), _ in best})
+    kinds = sorted({finetune for (_, finetune), _ in best})
     figure = Figure(figsize=(5 * len(kinds) + 5, 5), layout="constrained")
     *accuracy, layers = figure.subplots(1, len(kinds) + 1)
-    colors = {name: f"C{index}" for index, name in enumerate(dict(k for k, _ in best))}
     targets = sorted({target for _, curve in best for target in curve} - {0.0})
     bound = max(mean(points) for _, curve in best for points in curve.values())
     for axes, tuned in zip(accuracy, kinds, strict=True):
         for (name, finetune), curve in best:
-            if bool(finetune) == tuned:
-                draw(axes, curve, label=name, color=colors[name])
+            if finetune == tuned:
+                draw(axes, curve, label=name, color=_COLORS.get(name, "black"))
         axes.set(
             xscale="log",
             xlabel="zeros, %",
             ylabel="test accuracy, %",
             ylim=(100 * bound - 8, 100 * bound + 0.5),  # below it has collapsed
-            title="fine-tuned, equal epochs in all" if tuned else "not fine-tuned",
+            title=f"fine-tuned, {tuned:.0%} of the epochs"
+            if tuned
+            else "not fine-tuned",
         )
         # The axis is that of the weights left, from right to left.
         axes.set_xticks([100 - 100 * target for target in targets])
@@ -142,7 +161,7 @@ def plot(lines, path):
 
     # At the target in the middle, where methods differ in what they spare.
     for (name, finetune), curve in best:
-        if bool(finetune) != kinds[0] or {*curve} == {0.0}:
+        if finetune != kinds[0] or {*curve} == {0.0}:
             continue
         target = sorted(curve)[len(curve) // 2]
         sparsities = [list(point["layers"].values()) for point in curve[target]]
@@ -150,7 +169,8 @@ def plot(lines, path):
             100 - 100 * statistics.mean(seeds)
             for seeds in zip(*sparsities, strict=True)
         ]
-        layers.plot(left, label=name, color=colors[name], marker="o", markersize=3)
+        color = _COLORS.get(name, "black")
+        layers.plot(left, label=name, color=color, marker="o", markersize=3)
         layers.set(
             yscale="log",
             yticks=[1, 2, 5, 10, 20, 50, 100],
@@ -182,7 +202,14 @@ def main(argv):
         raise app.UsageError(
             f"--results must be a file that compare.py wrote. Received: {FLAGS.results}"
         )
-    print(table(lines))
+    groups = comparisons(lines)
+    if FLAGS.plot and len(groups) > 1:
+        raise app.UsageError(
+            f"--plot draws one comparison. {FLAGS.results} has {len(groups)}: give the "
+            "lines of one in a file of their own."
+        )
+    for same, group in groups.items():
+        print(f"{same}\n{table(group)}")
     if FLAGS.plot:
         plot(lines, FLAGS.plot)
 

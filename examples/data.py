@@ -1,6 +1,7 @@
 """Labelled images: scikit-learn's digits, or any set of tensorflow-datasets."""
 
 import math
+import pathlib
 from typing import Any, NamedTuple
 
 import keras
@@ -109,7 +110,7 @@ def load(
         name: `"digits"`, the name of an image classification data set of
             tensorflow-datasets, such as `"fashion_mnist"`, or the path of a file
             `....npz` with the arrays `x_train`, `y_train`, `x_test` and `y_test`,
-            images in 0 to 255.
+            images in 0 to 255, of shape `(count, height, width[, channels])`.
         data_dir: Where tensorflow-datasets keeps its data. Defaults to its own
             choice, `~/tensorflow_datasets`.
         download: Whether tensorflow-datasets may download what is not there.
@@ -164,12 +165,25 @@ def _digits():
 
 
 def _arrays(path):
+    if not pathlib.Path(path).is_file():
+        raise ValueError(f"There is no file `{path}`.")
     with np.load(path) as file:
-        train, test = (
-            ((file[f"x_{part}"] / 255).astype("float32"), file[f"y_{part}"].ravel())
-            for part in ("train", "test")
-        )
-    return train, test, int(train[1].max()) + 1
+        needed = [f"{kind}_{part}" for part in ("train", "test") for kind in "xy"]
+        if not {*needed} <= {*file.files}:
+            raise ValueError(
+                f"`{path}` must have the arrays {', '.join(needed)}. "
+                f"Received: {', '.join(file.files)}"
+            )
+        x_train, y_train, x_test, y_test = (file[name] for name in needed)
+    train, test = (_scaled(*pair) for pair in ((x_train, y_train), (x_test, y_test)))
+    return train, test, int(y_train.max()) + 1
+
+
+def _scaled(images, labels):
+    """Images of one channel may come without that axis, as Keras has them."""
+    if images.ndim == 3:
+        images = images[..., None]
+    return (images / 255).astype("float32"), labels.ravel()
 
 
 def _tfds(name, data_dir, download, image_size):

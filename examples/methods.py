@@ -50,8 +50,8 @@ class Method:
 
 
 def penalty(regularizer, *settings, **fields):
-    def governs(target, steps, **settings):
-        return regularizer(**settings)
+    def governs(target, steps, **arguments):
+        return regularizer(**arguments)
 
     return Method(governs, settings, **fields)
 
@@ -211,7 +211,7 @@ class Training:
         return epochs * math.ceil(len(data.train[0]) / self.batch_size)
 
 
-def chosen(method, settings):
+def configured(method, settings):
     """`method` as `settings` want it, and those that are arguments for `governs`."""
     own = settings.keys() & {"pretrain", "multiplier"}
     arguments = {name: settings[name] for name in settings.keys() - own}
@@ -240,7 +240,7 @@ def curve(network, data, method, settings, sparsities, training):
         statistics gathered anew if `training.recalibrate`, the sparsities of all and
         of each layer, and what `SparsityTarget` reached where it led.
     """
-    method, arguments = chosen(method, settings)
+    method, arguments = configured(method, settings)
     pretrain, epochs, finetune = phases(method, training.epochs, training.finetune)
     steps = training.steps(data, epochs)
     dense = network()

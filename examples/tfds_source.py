@@ -25,8 +25,8 @@ def builder(name, data_dir=None, download=False):
         found = tfds.builder(name, data_dir=folder)
     except tfds.core.DatasetNotFoundError:
         raise ValueError(
-            f"No data set is called `{name}`. Expected `digits` or a name of "
-            f"tensorflow-datasets. {_contents(folder)}"
+            f"No data set is called `{name}`. Expected `digits`, the path of an .npz "
+            f"file, or a name of tensorflow-datasets. {_contents(folder)}"
         ) from None
     if pathlib.Path(found.data_path).exists():
         return found

@@ -44,7 +44,8 @@ flags.DEFINE_float(
     None,
     "Part of the kernel weights to make zero, in [0, 1). Default: with ltp what l0 "
     "leads to, 0.9 with halo, l1 and magnitude, no pruning with dense. With ltp, the "
-    "best epoch that has at least this sparsity is taken, or the last with --steer.",
+    "best epoch that has at least this sparsity is taken, or else the sparsest, or the "
+    "last with --steer.",
 )
 flags.DEFINE_bool(
     "steer",
@@ -71,7 +72,8 @@ flags.DEFINE_bool(
 flags.DEFINE_string(
     "dataset",
     "digits",
-    "digits, or an image classification data set of tensorflow-datasets.",
+    "digits, an image classification data set of tensorflow-datasets, or the path of "
+    "an .npz file with x_train, y_train, x_test and y_test.",
 )
 flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps its data.")
 flags.DEFINE_bool("download", False, "Let tensorflow-datasets download the data set.")

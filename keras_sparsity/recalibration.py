@@ -1,7 +1,6 @@
 """Batch statistics measured anew, for weights that are no longer what they were."""
 
 import contextlib
-import functools
 
 import keras
 from keras import tree
@@ -17,6 +16,8 @@ def recalibrate(model, dataset, batch_size=32):
     moving_mean     = mean over the batches of the mean of each
     moving_variance = mean over the batches of the variance of each
     ```
+
+    A batch counts by its size, and once for each call of a layer that is shared.
 
     A prune, or a gate that turns from soft to hard, changes what the layers after it
     receive, and statistics that were gathered before no longer fit. No label is
@@ -61,20 +62,17 @@ def recalibrate(model, dataset, batch_size=32):
     ]
     statistics = [v for layer in layers for v in layer.non_trainable_variables]
     before = [(variable, to_array(variable)) for variable in statistics]
-    seen = 0
+    empty = True
     try:
         with _gathering(layers):
             for x in _batches(dataset, batch_size):
-                count = len(tree.flatten(x)[0])
-                for layer in layers:
-                    layer.momentum = seen / (seen + count)
                 model(x, training=False)
-                seen += count
+                empty = False
     except BaseException:
         for variable, value in before:
             variable.assign(value)
         raise
-    if not seen:
+    if empty:
         raise ValueError(
             "Argument `dataset` must have at least one batch of inputs. "
             f"Received: dataset={dataset!r}"
@@ -89,7 +87,7 @@ def _gathering(layers):
     # Keras asks for the mode of a whole model: there dropout and soft gates would come
     # along. On the objects, not the class, and for the time being.
     for layer in layers:
-        layer.call = functools.partial(_call_in_training, layer)
+        layer.call = _call_that_gathers(layer)
     try:
         yield
     finally:
@@ -98,8 +96,18 @@ def _gathering(layers):
             layer.momentum = momentum
 
 
-def _call_in_training(layer, inputs, training=None, mask=None):
-    return type(layer).call(layer, inputs, training=True, mask=mask)
+def _call_that_gathers(layer):
+    """A call of `layer` in training, with the momentum for the mean of all calls."""
+    seen = 0
+
+    def call(inputs, training=None, mask=None):
+        nonlocal seen
+        count = inputs.shape[0]
+        layer.momentum = seen / (seen + count)
+        seen += count
+        return type(layer).call(layer, inputs, training=True, mask=mask)
+
+    return call
 
 
 def _batches(dataset, batch_size):

@@ -127,6 +127,32 @@ def test_a_data_set_that_is_not_there_is_refused_with_what_is(tmp_path):
         data.load("nothing", tmp_path)
 
 
+@pytest.mark.parametrize("channels", [(), (3,)])
+def test_arrays_of_a_file(tmp_path, channels):
+    generator, shape = np.random.default_rng(1), (8, 6, *channels)
+    images = {
+        part: generator.integers(0, 256, (40, *shape)) for part in ("train", "test")
+    }
+    labels = np.arange(40)[:, None] % 4
+    path = tmp_path / "mine.npz"
+    arrays = {f"x_{part}": x for part, x in images.items()}
+    np.savez(path, y_train=labels, y_test=labels, **arrays)
+    mine = data.load(str(path), validation=0.25)
+    assert mine.image_shape == (8, 6, *(channels or (1,))) and mine.classes == 4
+    assert (len(mine.train[1]), len(mine.validation[1])) == (30, 10)
+    np.testing.assert_array_equal(mine.test[1], labels.ravel())
+    kept = images["train"][np.random.default_rng(0).permutation(40)[:30]]
+    kept, test = (x.reshape(-1, *mine.image_shape) for x in (kept, images["test"]))
+    expected = (test - kept.mean((0, 1, 2))) / kept.std((0, 1, 2))
+    np.testing.assert_allclose(mine.test[0], expected, rtol=1e-4, atol=1e-5)
+
+    np.savez(path, x_train=images["train"], y_train=labels)
+    with pytest.raises(ValueError, match="must have .*y_test. Received: x_train, y_tr"):
+        data.load(str(path))
+    with pytest.raises(ValueError, match="There is no file `.*nothing.npz`"):
+        data.load(str(tmp_path / "nothing.npz"))
+
+
 @pytest.mark.parametrize(
     "flag", ["--sparsity=1", "--curve=0.5,1.5", "--l0=-1", "--model=vgg", "--epochs=0"]
 )
@@ -165,6 +191,17 @@ def test_every_method_reaches_the_sparsity(run, tmp_path, method):
     model = keras.saving.load_model(tmp_path / "sparse.keras")
     assert results["sparse"]["sparsity"] == pytest.approx(zeros(model))
     assert zeros(model) >= 0.3 - 1e-4
+
+
+def test_a_recipe_of_halo_trains(run):
+    other = ["--dataset=digits", "--model=small_cnn", "--images=200", "--epochs=1"]
+    results = run("--recipe=halo_vgg_cifar10", *other)
+    settings = results["settings"]
+    assert (settings["xi"], settings["augment"]) == (1e-8, "crop_flip")
+    part = 1 - 640 / (32 * 9 + 64 * 32 * 9 + 64 * 256 + 640)  # the last layer is spared
+    assert results["sparse"]["sparsity"] == pytest.approx(0.95 * part, abs=1e-4)
+    curve = [point["sparsity"] / part for point in results["curve"]]
+    assert curve == pytest.approx([0.7, 0.8, 0.9, 0.95], abs=1e-4)
 
 
 @pytest.mark.parametrize(("method", "epochs"), [("ltp", 12), ("halo", 30)])

@@ -139,18 +139,21 @@ def test_training_sees_random_parts_of_the_image():
     assert 0.35 < mirrored < 0.65
 
 
-def test_a_recipe_trains_on_it(folder, tmp_path):
+def test_a_recipe_trains_on_it(folder, tmp_path, capsys):
     command = [
         "--recipe=ltp_mobilenetv2_imagenet",
         *("--dataset=tiny_imagenet", f"--data_dir={folder}", f"--output={tmp_path}"),
         *("--model=lenet_300_100", "--weights=", "--image_size=16", "--batch_size=8"),
-        *("--epochs=1", "--finetune_epochs=0", "--sparsity=0", "--verbose=0"),
+        *("--epochs=1", "--finetune_epochs=1", "--verbose=0"),
     ]
     with flagsaver.flagsaver():
         flags.FLAGS(["train.py", *command])
         train.main([])
     results = json.loads((tmp_path / "results.jsonl").read_text())
     assert results["settings"]["l0"] == 1e-8
+    # So short a training is not led to the sparsity that the recipe wants.
+    assert "No epoch has --sparsity=0.248" in capsys.readouterr().out
+    assert results["sparse"]["sparsity"] < 0.248
     assert 0 <= results["sparse"]["accuracy"] <= 1
     assert results["sparse"]["top_5"] == 1  # there are four classes
 

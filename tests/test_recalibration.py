@@ -58,6 +58,19 @@ def test_batches_count_by_their_size():
     )
 
 
+@pytest.mark.parametrize("batch_size", [20, 60])
+def test_every_call_of_a_shared_layer_counts(batch_size):
+    norm = layers.BatchNormalization(name="norm")
+    inputs = [keras.Input((5,)) for _ in range(3)]
+    model = keras.Model(inputs, [norm(x) for x in inputs])
+    ks.recalibrate(model, [X, 2 * X, X + 3], batch_size)
+    mean, variance = statistics(model)
+    np.testing.assert_allclose(mean, 4 / 3 * X.mean(0) + 1, rtol=1e-5)
+    parts = np.split(X, 60 // batch_size)
+    expected = 2 * np.mean([part.var(0) for part in parts], axis=0)
+    np.testing.assert_allclose(variance, expected, rtol=1e-5)
+
+
 def test_hard_gate_counts():
     model = ks.sparsify(network(), LTP, filters="first|second")
     plain = ks.finalize(model)

@@ -1,14 +1,16 @@
 """What a benchmark runs on."""
 
 import importlib
-import os
 import pathlib
-import platform
-import re
+import sys
 
 import keras
 
 import keras_sparsity as ks
+
+sys.path.insert(0, str(pathlib.Path(__file__).parents[1]))
+
+from provenance import hardware  # noqa: E402
 
 
 def setting(**more):
@@ -19,7 +21,7 @@ def setting(**more):
         "keras": keras.__version__,
         "keras_sparsity": ks.__version__,
         **more,
-        "hardware": _hardware(),
+        "hardware": hardware(),
     }
 
 
@@ -28,12 +30,3 @@ def print_setting(**more):
     printed = setting(**more)
     print(*(f"{key}: {value}" for key, value in printed.items()), sep="\n")
     return printed
-
-
-def _hardware():
-    """Name of the processor, and how many of its cores this process may use."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    names = cpuinfo.exists() and re.search(r"model name\s*: (.*)", cpuinfo.read_text())
-    counts_own = hasattr(os, "sched_getaffinity")
-    cores = len(os.sched_getaffinity(0)) if counts_own else os.cpu_count()
-    return f"{names[1] if names else platform.machine()}, {cores} cores"
