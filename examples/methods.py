@@ -125,6 +125,8 @@ class GlobalMagnitude(keras.callbacks.Callback):
             mask.assign(magnitude >= cut)
 
 
+# The settings are those that LeNet-300-100 on Fashion-MNIST has to choose from: another
+# network has others, which `compare.py --settings` gives.
 METHODS = {
     "dense": Method(lambda target, steps: None, prunes=False),
     "magnitude": Method(lambda target, steps: None),
