@@ -67,6 +67,12 @@ flags.DEFINE_integer("batch_size", 100, "Images per step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 0.1, "At the start of each phase.", lower_bound=0)
 flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0, upper_bound=1)
 flags.DEFINE_float("weight_decay", 5e-3, "Of the weights.", lower_bound=0)
+flags.DEFINE_enum(
+    "precision",
+    "float32",
+    ["float32", "mixed_bfloat16", "mixed_float16"],
+    "Keras dtype policy.",
+)
 flags.DEFINE_string("results", "runs/compare.jsonl", "File to append lines to.")
 flags.DEFINE_integer(
     "jobs",
@@ -197,10 +203,8 @@ def jobs():
         for name in ("model", "dataset", "validation_split", "epochs", "batch_size")
         + ("learning_rate", "momentum", "weight_decay", "recalibrate")
     }
-    for name in ("images", "image_size"):
-        if FLAGS[
-            name
-        ].value:  # else not named, as in lines that are older than the flag
+    for name in ("images", "image_size", "precision"):
+        if FLAGS[name].value != FLAGS[name].default:  # older lines do not name them
             conditions[name] = FLAGS[name].value
     sparsities = [float(value) for value in FLAGS.sparsities]
     chosen = json.loads(FLAGS.settings)
@@ -246,6 +250,7 @@ def train(job, data_dir):
     began = time.monotonic()
     denormals.flush()
     keras.utils.clear_session()  # or all that was compiled before stays in memory
+    keras.config.set_dtype_policy(job.get("precision", "float32"))
     data = load(job, data_dir)
     method = methods.METHODS[job["method"]]
     fields = [field.name for field in dataclasses.fields(methods.Training)]

@@ -290,6 +290,7 @@ def test_flags_that_are_out_of_range():
         '--settings={"ltp": [{"pretrain": null}]}': "`pretrain` in [0, 1)",
         '--settings={"ltp": [{"pretrain": 1}]}': "`pretrain` in [0, 1)",
         '--settings={"ltp": [{"multiplier": 0}]}': "`multiplier` > 0",
+        "--precision=half": "mixed_bfloat16",
         "--model=nothing": "lenet_300_100",
     }
     printed = subprocess.run(
@@ -321,6 +322,22 @@ def test_data_that_are_not_there_are_asked_for_first(tmp_path):
     code, said = compare(tmp_path / "r.jsonl", f"--dataset={tmp_path / 'x.npz'}")
     assert code == 1 and "There is no file" in said
     assert not (tmp_path / "r.jsonl").exists()
+
+
+IN_HALF_PRECISION = """
+import compare, keras
+compare.FLAGS(["compare.py", "--precision=mixed_bfloat16", "--images=99", "--epochs=2"])
+built, build = [], compare.models.build
+compare.models.build = lambda *args: built.append(build(*args)) or built[-1]
+line = compare.train(next(compare.jobs()), None)
+print(line["precision"], *{layer.compute_dtype for layer in built[0].layers[1:-1]})
+"""
+
+
+def test_precision_is_that_of_the_training():
+    run = [sys.executable, "-c", IN_HALF_PRECISION]
+    printed = subprocess.check_output(run, env=ENVIRONMENT, text=True)
+    assert printed.split() == ["mixed_bfloat16", "bfloat16"]
 
 
 def test_a_training_that_fails_leaves_the_others(tmp_path):
