@@ -139,6 +139,7 @@ def plot(lines, path):
     *accuracy, layers = figure.subplots(1, len(kinds) + 1)
     targets = sorted({target for _, curve in best for target in curve} - {0.0})
     bound = max(mean(points) for _, curve in best for points in curve.values())
+    floor = bound - 0.8 * (1 - bound)  # below it has collapsed
     for axes, tuned in zip(accuracy, kinds, strict=True):
         for (name, finetune), curve in best:
             if finetune == tuned:
@@ -147,17 +148,14 @@ def plot(lines, path):
             xscale="log",
             xlabel="zeros, %",
             ylabel="test accuracy, %",
-            ylim=(100 * bound - 8, 100 * bound + 0.5),  # below it has collapsed
-            title=f"fine-tuned, {tuned:.0%} of the epochs"
-            if tuned
-            else "not fine-tuned",
+            ylim=(100 * floor, 100 * bound + 5 * (bound - floor)),
+            title=f"{tuned:.0%} of the epochs fine-tune",
         )
         # The axis is that of the weights left, from right to left.
         axes.set_xticks([100 - 100 * target for target in targets])
         axes.set_xticklabels([f"{100 * target:g}" for target in targets])
         axes.minorticks_off()
         axes.invert_xaxis()
-        axes.legend(fontsize="small", loc="lower left")
 
     # At the target in the middle, where methods differ in what they spare.
     for (name, finetune), curve in best:
@@ -181,6 +179,11 @@ def plot(lines, path):
         )
     layers.yaxis.set_major_formatter("{x:g}")
     layers.minorticks_off()
+    drawn = [axes.get_legend_handles_labels() for axes in accuracy]
+    handles = {
+        label: handle for axes in drawn for handle, label in zip(*axes, strict=True)
+    }
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=5)
     figure.savefig(path)
 
 
