@@ -130,18 +130,30 @@ class GlobalMagnitude(keras.callbacks.Callback):
 METHODS = {
     "dense": Method(lambda target, steps: None, prunes=False),
     "magnitude": Method(lambda target, steps: None),
-    "l1": penalty(keras.regularizers.L1, {"l1": 3e-5}, {"l1": 1e-4}, {"l1": 3e-4}),
+    "l1": penalty(
+        keras.regularizers.L1,
+        {"l1": 3e-5},
+        {"l1": 1e-4},
+        {"l1": 1.7e-4},
+        {"l1": 3e-4},
+        {"l1": 1e-3},
+    ),
     "sws": penalty(
         ks.SWS,
         {"xi": 1e-5, "psi": 1e-2},
         {"xi": 3e-5, "psi": 1e-2},
         {"xi": 1e-4, "psi": 1e-2},
+        {"xi": 3e-4, "psi": 1e-2},
+        {"xi": 1e-3, "psi": 1e-2},
+        {"xi": 3e-3, "psi": 1e-2},
     ),
     "mcp": penalty(
         ks.MCP,
         {"lam": 1e-4, "gamma": 1e3},
+        {"lam": 1.7e-4, "gamma": 1e3},
         {"lam": 3e-4, "gamma": 1e3},
         {"lam": 1e-3, "gamma": 1e3},
+        {"lam": 3e-3, "gamma": 1e3},
     ),
     "halo": penalty(
         ks.HALO,
