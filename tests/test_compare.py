@@ -355,15 +355,15 @@ def test_a_training_that_fails_leaves_the_others(tmp_path):
 @pytest.mark.slow
 def test_it_goes_on_where_it_was_stopped(tmp_path):
     command = [
-        *(sys.executable, EXAMPLES / "compare.py", "--methods=magnitude,l1"),
+        *(sys.executable, EXAMPLES / "compare.py", "--methods=magnitude,gradual"),
         *("--epochs=2", "--finetune=0", "--sparsities=0.5", "--batch_size=64"),
         *(f"--results={tmp_path / 'r.jsonl'}", "--jobs=1"),
     ]
     (tmp_path / "r.jsonl").touch()
-    for seeds, recorded in [(1, 4), (2, 8)]:
+    for seeds in (1, 2):
         subprocess.run([*command, f"--seeds={seeds}"], env=ENVIRONMENT, check=True)
         lines = curves.read(tmp_path / "r.jsonl")
-        assert len({curves.key(line) for line in lines}) == len(lines) == recorded
+        assert len({curves.key(line) for line in lines}) == len(lines) == 2 * seeds
         text = (tmp_path / "r.jsonl").read_text()
         assert text.startswith("{")
         # A line that a stop has cut does not swallow the next one.
