@@ -149,7 +149,7 @@ def plot(lines, path):
             xlabel="zeros, %",
             ylabel="test accuracy, %",
             ylim=(100 * floor, 100 * bound + 5 * (bound - floor)),
-            title=f"{tuned:.0%} of the epochs fine-tune",
+            title=f"fine-tuning: {tuned:.0%} of the epochs",
         )
         # The axis is that of the weights left, from right to left.
         axes.set_xticks([100 - 100 * target for target in targets])
@@ -172,7 +172,7 @@ def plot(lines, path):
         layers.set(
             yscale="log",
             yticks=[1, 2, 5, 10, 20, 50, 100],
-            title=f"{'' if kinds[0] else 'not '}fine-tuned, {target:.1%} zeros",
+            title=f"{target:.1%} zeros, fine-tuning: {kinds[0]:.0%}",
             ylabel="weights left in the layer, %",
             xlabel="kernel, from input to output",
             xticks=range(len(left)) if len(left) < 20 else [],
