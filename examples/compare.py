@@ -119,11 +119,7 @@ flags.register_validator(
     lambda names: {*names} <= {*methods.METHODS},
     f"must be of {', '.join(methods.METHODS)}.",
 )
-flags.register_validator(
-    "model",
-    models.is_known,
-    f"must be one of {', '.join(models.NETWORKS)}, or keras_cv/PRESET.",
-)
+flags.register_validator("model", models.is_known, models.EXPECTED)
 for name in ("sparsities", "finetune"):
     flags.register_validator(name, parts, "must be numbers in [0, 1).")
 flags.register_validator(

@@ -40,11 +40,11 @@ def read(path):
         else:
             if line.get("format") == FORMAT:
                 lines.append(line)
-                continue
-            print(
-                f"{path}, line {number} has format {line.get('format')}, not {FORMAT}: "
-                "it is left out."
-            )
+            else:
+                print(
+                    f"{path}, line {number} has format {line.get('format')}, not "
+                    f"{FORMAT}: it is left out."
+                )
     return lines
 
 

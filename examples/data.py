@@ -175,8 +175,8 @@ def _arrays(path):
                 f"Received: {', '.join(file.files)}"
             )
         x_train, y_train, x_test, y_test = (file[name] for name in needed)
-    train, test = (_scaled(*pair) for pair in ((x_train, y_train), (x_test, y_test)))
-    return train, test, int(y_train.max()) + 1
+    classes = int(y_train.max()) + 1
+    return _scaled(x_train, y_train), _scaled(x_test, y_test), classes
 
 
 def _scaled(images, labels):

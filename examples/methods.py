@@ -279,6 +279,7 @@ def curve(network, data, method, settings, sparsities, training):
             small = ks.sparsify(small, ks.KeepZeros)
             training.fit(small, data, finetune)
             small = ks.finalize(small)
+        small.compile(loss=LOSS, metrics=["accuracy"])
         report = ks.report(small)
         points.append(
             {
@@ -306,7 +307,7 @@ def led_to(callbacks):
 
 
 def accuracies(model, data):
-    model.compile(loss=LOSS, metrics=["accuracy"])
+    """Of a compiled model: a second measurement does not compile it again."""
     return {
         name: model.evaluate(*pair, batch_size=100, verbose=0)[1]
         for name, pair in [("validation", data.validation), ("test", data.test)]

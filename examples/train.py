@@ -203,14 +203,14 @@ def pick(model, trail):
     if FLAGS.sparsity is None or (FLAGS.steer and FLAGS.method == "ltp"):
         return ks.finalize(model)
     if FLAGS.method == "ltp":
-        points = ks.Trail(trail)
-        sparsest = max(p.sparsity for p in points.points if p.path.exists())
+        recorded = ks.Trail(trail)
+        sparsest = max(p.sparsity for p in recorded.points if p.path.exists())
         if sparsest < FLAGS.sparsity and is_chief(model):
             print(
                 f"\nNo epoch has --sparsity={FLAGS.sparsity:g}: the sparsest, with "
                 f"{sparsest:.2%}, is taken. A larger --l0 leads further, or --steer."
             )
-        return points.select(min_sparsity=min(sparsest, FLAGS.sparsity)).load()
+        return recorded.select(min_sparsity=min(sparsest, FLAGS.sparsity)).load()
     return ks.prune(model, FLAGS.sparsity)
 
 

@@ -172,11 +172,7 @@ for name in ("curve", "drops"):
         lambda values: all(re.fullmatch(r"0?\.\d+|0", value) for value in values),
         "must be numbers in [0, 1), such as 0.9",
     )
-flags.register_validator(
-    "model",
-    models.is_known,
-    f"must be one of {', '.join(models.NETWORKS)}, or keras_cv/PRESET",
-)
+flags.register_validator("model", models.is_known, models.EXPECTED)
 flags.register_validator(
     "validation_split", lambda value: 0 < value < 1, "must be in (0, 1)"
 )

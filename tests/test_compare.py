@@ -142,6 +142,7 @@ def test_batch_statistics_are_gathered_anew_beside():
     def cut(model, target):
         pruned.append(ks.prune(model, target))
         copies.append(ks.finalize(pruned[-1]))
+        copies[-1].compile(loss=methods.LOSS, metrics=["accuracy"])
         return pruned[-1]
 
     method = dataclasses.replace(methods.METHODS["magnitude"], cut=cut)

@@ -25,6 +25,7 @@ FAMILIES = {
 }
 
 NETWORKS = (*FAMILIES, *applications.MODULES)
+EXPECTED = f"must be one of {', '.join(NETWORKS)}, or keras_cv/PRESET"
 
 
 def is_known(name):
