@@ -34,7 +34,8 @@ class Method:
         prunes: Whether it prunes at all: else its only sparsity is zero.
         steady: Whether the learning rate stays what it is until the last phase. If not,
             it falls to zero in each of them.
-        callbacks: Callable of the target and the number of steps: for `fit`.
+        callbacks: Callable of the target, the number of steps and the part of the
+            epochs that fine-tunes after: for `fit`.
         multiplier: Learning rate of scales and thresholds over that of the weights.
     """
 
@@ -43,7 +44,7 @@ class Method:
     pretrain: float = 0.0
     targets: bool = False
     cut: Callable = ks.prune
-    callbacks: Callable = lambda target, steps: []
+    callbacks: Callable = lambda target, steps, finetune: []
     multiplier: float = 1.0
     prunes: bool = True
     steady: bool = False
@@ -88,8 +89,13 @@ def learned(target, steps, **settings):
     return functools.partial(ks.LTP, **settings)
 
 
-def steered(target, steps):
-    return [ks.SparsityTarget(target)]
+def steered(target, steps, finetune):
+    # The weights settle in fine-tuning, or in the last third of this phase.
+    return [ks.SparsityTarget(target, hold=0 if finetune else 0.35)]
+
+
+def cut_at_steps(target, steps, finetune):
+    return [GlobalMagnitude(cubic(target, steps))]
 
 
 class GlobalMagnitude(keras.callbacks.Callback):
@@ -181,7 +187,7 @@ METHODS = {
     "gradual": gates(gradual),
     "gradual_global": gates(
         masked,
-        callbacks=lambda target, steps: [GlobalMagnitude(cubic(target, steps))],
+        callbacks=cut_at_steps,
     ),
     "ltp": gates(learned, {"l0": 1e-7}, callbacks=steered),
 }
@@ -265,7 +271,7 @@ def curve(network, data, method, settings, sparsities, training):
         """The model that `method` has trained, and the callbacks that it had."""
         governs = method.governs(target, steps, **arguments)
         model = dense if governs is None else ks.sparsify(dense, governs)
-        callbacks = method.callbacks(target, steps)
+        callbacks = method.callbacks(target, steps, finetune)
         falls = not (method.steady and finetune)
         training.fit(model, data, epochs, method.multiplier, callbacks, falls)
         return model, callbacks

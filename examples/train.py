@@ -68,7 +68,9 @@ def run():
         steps = step_count(data, FLAGS.epochs)
         model = ks.sparsify(model, method(steps), FLAGS.filters)
     phase = f"method {FLAGS.method}"
-    target = [ks.SparsityTarget(FLAGS.sparsity)] if FLAGS.steer else []
+    # The weights settle in fine-tuning, or in the last third of this phase.
+    hold = 0 if FLAGS.finetune_epochs else 0.35
+    target = [ks.SparsityTarget(FLAGS.sparsity, hold)] if FLAGS.steer else []
     fit(model, data, FLAGS.epochs, phase, trails / "trail", "pareto", target)
     sparse = pick(model, trails / "trail")
     if FLAGS.finetune_epochs:

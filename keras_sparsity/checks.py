@@ -35,7 +35,7 @@ def check_integer(name, value, at_least) -> int:
     return int(number)
 
 
-def check_sparsity(name, value) -> float:
+def check_fraction(name, value) -> float:
     """Returns `value` as a float in [0, 1), or raises a `ValueError`."""
     sparsity = check_number(name, value, at_least=0)
     if sparsity >= 1:

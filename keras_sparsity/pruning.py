@@ -8,7 +8,7 @@ import keras
 import numpy as np
 from keras import tree
 
-from keras_sparsity.checks import check_sparsity
+from keras_sparsity.checks import check_fraction
 from keras_sparsity.rebuild import check_rebuildable
 from keras_sparsity.selection import (
     Governed,
@@ -63,7 +63,7 @@ def prune(model, sparsity, scope="global", filters=None):
     - [Seto et al., HALO](https://arxiv.org/abs/2008.10183): the last step.
     """
     check_rebuildable(model, "prune")
-    sparsity = check_sparsity("sparsity", sparsity)
+    sparsity = check_fraction("sparsity", sparsity)
     if scope not in ("global", "layer"):
         raise ValueError(
             f'Argument `scope` must be "global" or "layer". Received: scope={scope!r}'
@@ -120,7 +120,7 @@ def pruning_curve(
             "Argument `sparsities` must be a sequence of numbers in [0, 1). Received: "
             f"sparsities={sparsities!r}"
         )
-    sparsities = [check_sparsity("sparsities", sparsity) for sparsity in sparsities]
+    sparsities = [check_fraction("sparsities", sparsity) for sparsity in sparsities]
     check_weights(model)
     values = [pruned_values(model, sparsity) for sparsity in sparsities]
     small = plain(model, {})

@@ -3,7 +3,7 @@
 import keras
 from keras import ops
 
-from keras_sparsity.checks import check_integer, check_sparsity
+from keras_sparsity.checks import check_fraction, check_integer
 
 
 @keras.saving.register_keras_serializable("keras_sparsity")
@@ -30,7 +30,7 @@ class ConstantSparsity:
     """
 
     def __init__(self, final_sparsity, begin_step=0, frequency=100):
-        self.final_sparsity = check_sparsity("final_sparsity", final_sparsity)
+        self.final_sparsity = check_fraction("final_sparsity", final_sparsity)
         self.begin_step = check_integer("begin_step", begin_step, at_least=0)
         self.frequency = check_integer("frequency", frequency, at_least=1)
 
@@ -96,7 +96,7 @@ class CubicSparsity(ConstantSparsity):
         super().__init__(final_sparsity, begin_step, frequency)
         first = self.begin_step + 1
         self.end_step = check_integer("end_step", end_step, at_least=first)
-        self.initial_sparsity = check_sparsity("initial_sparsity", initial_sparsity)
+        self.initial_sparsity = check_fraction("initial_sparsity", initial_sparsity)
 
     def __call__(self, step):
         """The sparsity at `step`, an integer tensor."""

@@ -34,6 +34,8 @@ class Steering:
             Defaults to 1.
         moves_with_rate: Whether it goes on as fast with a lower learning rate and a
             strength that is higher by as much. Defaults to False.
+        place: Function of the governors and a sparsity that brings them there at once,
+            near as they are; `None` where nothing but training can. Defaults to `None`.
     """
 
     distance: Callable
@@ -44,6 +46,7 @@ class Steering:
     back: float = 1.0
     brake: float = 1.0
     moves_with_rate: bool = False
+    place: Callable | None = None
 
     def looks_left(self, progress, looks):
         """At how many of `looks` in a training what is missing should come."""
@@ -92,3 +95,25 @@ def scale_to_fall(governors, sparsity):
     )
     stays = min(round(sparsity * scales.size), scales.size - 1)
     return float(np.partition(scales, stays)[stays]) - 1
+
+
+def shift_thresholds(governors, sparsity):
+    """Multiplies the thresholds by the factor with which the sparsity is reached."""
+    ratios, size, zeros = [], 0, 0
+    for governor in governors:
+        pruned, count = governor.count_pruned()
+        size += count
+        if governor.trainable:
+            ratios += [to_array(r).ravel() for r in governor.relative_squares()]
+        else:  # what is frozen stays as it is
+            zeros -= pruned
+    if not ratios:
+        return
+    ratios = np.nan_to_num(np.concatenate(ratios), posinf=math.inf)
+    zeros = min(max(zeros + round(sparsity * size), 1), ratios.size - 1)
+    gone, stays = np.partition(ratios, [zeros - 1, zeros])[zeros - 1 : zeros + 1]
+    factor = math.sqrt(float(gone) * float(stays))
+    if 0 < factor < math.inf:
+        for governor in governors:
+            for threshold in governor.thresholds if governor.trainable else ():
+                threshold.assign(factor * threshold)

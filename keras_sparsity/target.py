@@ -5,7 +5,7 @@ import warnings
 
 import keras
 
-from keras_sparsity.checks import check_number
+from keras_sparsity.checks import check_fraction, check_number
 from keras_sparsity.selection import governors, to_array
 from keras_sparsity.steering import Steering, log_left
 
@@ -36,8 +36,8 @@ class SparsityTarget(keras.callbacks.Callback):
     |-------------------|-----------------------------|-------------------------------|
     | distance          | log(weights left / wanted)  | scale / (2 * scale_floor) - 1 |
     | strength          | 1e-3 to 1e6                 | 1e-3 to 10                    |
-    | looks that remain | to 80 % of the training, or | to 40 % of the training, or   |
-    |                   | at least a tenth of it      | at least a twentieth of it    |
+    | looks that remain | to 80 % of what is before   | to 40 % of the training, or   |
+    |                   | `hold`, or at least a tenth | at least a twentieth of it    |
     | needed, if < 0    | a quarter                   | the whole                     |
     | change, if < 0    | one and a half times        | six times                     |
 
@@ -51,6 +51,10 @@ class SparsityTarget(keras.callbacks.Callback):
     come to rest at its floor, which is where a `prune` to the same sparsity costs
     nothing. The coefficients of the model (`l0`, or `xi` and `psi`) are where it
     begins; what they should have been is found on the way, without compiling again.
+
+    In the last part of the training, `hold`, LTP has the sparsity: its thresholds are
+    trained on, and at each look multiplied by the one factor that brings them there.
+    The weights that are left settle, as they do in the end of gradual pruning.
 
     Thresholds come down again slowly, and weights that were given up hardly come back:
     coefficients that are much too large for the sparsity cannot be made up for. Begin
@@ -66,13 +70,16 @@ class SparsityTarget(keras.callbacks.Callback):
     Args:
         sparsity: Float in (0, 1): the part of the weights that the methods govern
             that shall be zero at the end of training.
+        hold: Float in [0, 1): the part of the training, at its end, in which LTP has
+            the sparsity. 0 serves better where fine-tuning follows: LTP ends near the
+            sparsity then. Defaults to 0.35.
 
     Attributes:
         reached: Float, the part of them that was gone when training ended; `None`
             before.
 
     Raises:
-        ValueError: If `sparsity` is out of its range; at the start of training, if
+        ValueError: If an argument is out of its range; at the start of training, if
             nothing in the model can be steered; at the end of an epoch whose number of
             batches was not known, if a `SparsityTrail` stands before.
 
@@ -85,7 +92,7 @@ class SparsityTarget(keras.callbacks.Callback):
     ```
     """
 
-    def __init__(self, sparsity):
+    def __init__(self, sparsity, hold=0.35):
         super().__init__()
         self.sparsity = check_number("sparsity", sparsity, above=0)
         if self.sparsity >= 1:
@@ -93,6 +100,7 @@ class SparsityTarget(keras.callbacks.Callback):
                 "Argument `sparsity` must be in (0, 1). "
                 f"Received: sparsity={sparsity!r}"
             )
+        self.hold = check_fraction("hold", hold)
         self.reached = None
 
     def on_train_begin(self, logs=None):
@@ -111,8 +119,8 @@ class SparsityTarget(keras.callbacks.Callback):
         for governor in self._governors:
             self._methods.setdefault(governor.steering, []).append(governor)
         self.reached = None
-        epochs = max(1, self.params["epochs"])
-        self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / epochs))
+        self._epochs = max(1, self.params["epochs"])
+        self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / self._epochs))
         if self.params["steps"]:  # of generators it is not known
             self._per_epoch = min(self._per_epoch, self.params["steps"])
         self._epoch = None  # nothing was trained yet
@@ -175,11 +183,15 @@ class SparsityTarget(keras.callbacks.Callback):
         (last_distances, last_rate), self._last = self._last, self._look()
         distances, rate = self._last
         slower = last_rate / rate if last_rate > 0 and rate > 0 else 1.0
-        whole = self.params["epochs"]
         for (steering, steered), distance, last in zip(
             self._methods.items(), distances, last_distances, strict=True
         ):
-            looks = steering.looks_left(epochs / whole, whole * looks_per_epoch)
+            hold = self.hold if steering.place else 0
+            led = (1 - hold) * self._epochs
+            if hold and epochs >= led:
+                steering.place(steered, self.sparsity)
+                continue
+            looks = steering.looks_left(epochs / led, led * looks_per_epoch)
             for governor in steered:
                 strength = float(to_array(governor.strength))
                 governor.strength.assign(

@@ -10,7 +10,7 @@ from keras_sparsity.bounds import Bounds
 from keras_sparsity.checks import check_number
 from keras_sparsity.handover import Handover
 from keras_sparsity.selection import Governed, choose, full_precision
-from keras_sparsity.steering import Steering, weights_to_go
+from keras_sparsity.steering import Steering, shift_thresholds, weights_to_go
 from keras_sparsity.substitution import (
     SubstitutingWrapper,
     TransparentWrapper,
@@ -115,6 +115,7 @@ class LTP(SubstitutingWrapper):
         back=0.25,
         brake=1.5,
         moves_with_rate=True,
+        place=shift_thresholds,
     )
 
     def __init__(
@@ -213,6 +214,15 @@ class LTP(SubstitutingWrapper):
                 squares, tau, *_ = self._measure(variable, threshold)
                 weights.append(ops.where(squares > tau, full_precision(variable), 0.0))
         return weights
+
+    def relative_squares(self):
+        """The squares of the gated weights, in units of what prunes them."""
+        pairs = zip(self.gated, self.thresholds, strict=True)
+        for variable, threshold in pairs:
+            # Not the threshold that is held below the largest square: a factor on it
+            # says nothing of how far above the trained one is.
+            squares, _, unit, _ = self._measure(variable, threshold)
+            yield squares / (threshold * unit)
 
     def governed_weights(self):
         """What inference computes with: see `selection.Governed`."""

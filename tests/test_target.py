@@ -9,7 +9,7 @@ import pytest
 from keras import layers
 
 import keras_sparsity as ks
-from keras_sparsity.selection import governors
+from keras_sparsity.selection import governors, to_array
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(640, 40)).astype("float32")
@@ -47,12 +47,87 @@ def strength_of(governor):
     return float(keras.ops.convert_to_numpy(governor.strength))
 
 
-@pytest.mark.parametrize("sparsity", [0.8, 0.95])
-def test_ltp_ends_at_the_sparsity(sparsity):
+@pytest.mark.parametrize(
+    ("sparsity", "hold", "off"), [(0.8, 0, 0.005), (0.95, 0, 0.005), (0.95, 0.35, 0)]
+)
+def test_ltp_ends_at_the_sparsity(sparsity, hold, off):
     model = network(LTP)
-    train(model, ks.SparsityTarget(sparsity))
+    target = ks.SparsityTarget(sparsity, hold)
+    train(model, target)
     assert part_pruned(model) == ks.report(model).sparsity
-    assert abs(part_pruned(model) - sparsity) < 0.005
+    assert abs(part_pruned(model) - sparsity) <= off
+    assert target.reached == pytest.approx(part_pruned(model), abs=1e-12)
+
+
+def with_kernels(model):
+    """Gives both LTP other kernels, and thresholds of 1e-4 and 4e-4: the kernels."""
+    kernels = 0.02 * RNG.normal(size=(40, 100)), 0.05 * RNG.normal(size=(100, 4))
+    for governor, kernel, tau in zip(
+        governors(model), kernels, (1e-4, 4e-4), strict=True
+    ):
+        governor.gated[0].assign(kernel)
+        governor.thresholds[0].assign(tau / np.var(abs(kernel)))
+    return kernels
+
+
+def thresholds_of(model):
+    return [float(to_array(governor.thresholds[0])) for governor in governors(model)]
+
+
+def hold(model, sparsity):
+    """A look in the last part of a training."""
+    target = ks.SparsityTarget(sparsity, hold=0.5)
+    target.set_model(model)
+    target.set_params({"epochs": 2, "steps": 5})
+    target.on_train_begin()
+    target.on_epoch_begin(1)
+    target.on_train_batch_end(4)
+
+
+@pytest.mark.parametrize("sparsity", [0.2, 0.5, 0.9, 0.999])
+def test_one_factor_brings_the_thresholds_to_the_sparsity(sparsity):
+    model = network(LTP)
+    first, second = with_kernels(model)
+    thresholds = thresholds_of(model)
+    assert part_pruned(model) not in (0, sparsity)
+    hold(model, sparsity)
+    zeros = round(4400 * sparsity)
+    assert part_pruned(model) == zeros / 4400
+    ratios = np.sort([*(first**2 / 1e-4).ravel(), *(second**2 / 4e-4).ravel()])
+    factors = np.divide(thresholds_of(model), thresholds)
+    assert np.all((ratios[zeros - 1] < factors) & (factors < ratios[zeros]))
+    assert factors[0] == pytest.approx(factors[1], rel=1e-6)
+    assert [strength_of(governor) for governor in governors(model)] == [1, 1]
+
+
+def test_what_is_frozen_stays_as_it_is():
+    model = network(LTP)
+    with_kernels(model)
+    frozen = governors(model)[1]
+    frozen.trainable = False
+    gone, threshold = frozen.count_pruned()[0], thresholds_of(model)[1]
+    hold(model, 0.5)
+    assert part_pruned(model) == 0.5
+    assert frozen.count_pruned()[0] == gone
+    assert thresholds_of(model)[1] == threshold
+
+
+@pytest.mark.parametrize("case", ["no thresholds", "many zeros", "all frozen"])
+def test_thresholds_that_no_factor_brings_to_the_sparsity_stay(case):
+    model = network(LTP)
+    with_kernels(model)
+    for governor in governors(model):
+        if case == "no thresholds":
+            governor.thresholds[0].assign(0.0)
+        elif case == "many zeros":
+            shape = governor.gated[0].shape
+            kernel = np.arange(math.prod(shape)).reshape(shape) % 4 == 0
+            governor.gated[0].assign(kernel)
+        else:
+            governor.trainable = False
+    before = thresholds_of(model)
+    hold(model, 0.5)
+    assert thresholds_of(model) == before
 
 
 @pytest.mark.parametrize(
@@ -182,7 +257,7 @@ def test_many_steps_in_a_call():
 
 def test_strength_follows_the_formula():
     model = network(LTP)
-    target = ks.SparsityTarget(0.9)
+    target = ks.SparsityTarget(0.9, hold=0.5)
     target.set_model(model)
     target.set_params({"epochs": 10, "steps": 10})
     target.on_train_begin()
@@ -197,7 +272,7 @@ def test_strength_follows_the_formula():
             target.on_train_batch_end(0)  # no look: those are after every other batch
             looks = len(left) - 1
             target.on_train_batch_end(2 * looks - 1)
-            needed = (left[-1] - math.log(0.1)) / (0.8 * 50 - looks)
+            needed = (left[-1] - math.log(0.1)) / (0.8 * 25 - looks)
             if needed < 0:
                 needed /= 4
             rate = left[-2] - left[-1]
@@ -276,6 +351,12 @@ def test_penalty_is_scaled_without_a_new_compilation():
 def test_sparsity_out_of_range(sparsity):
     with pytest.raises(ValueError, match="Argument `sparsity` must be"):
         ks.SparsityTarget(sparsity)
+
+
+@pytest.mark.parametrize("hold", [1, -0.1, math.nan, None])
+def test_hold_out_of_range(hold):
+    with pytest.raises(ValueError, match="Argument `hold` must be"):
+        ks.SparsityTarget(0.9, hold)
 
 
 def test_nothing_to_steer():
