@@ -109,7 +109,7 @@ def are_settings(one):
     return (
         isinstance(one, dict)
         and all(isinstance(value, (int, float)) for value in one.values())
-        and parts([one.get("pretrain", 0)])
+        and parts([one.get("pretrain", 0), one.get("falls_from", 0)])
         and one.get("multiplier", 1) > 0
     )
 
@@ -129,7 +129,8 @@ flags.register_validator(
     "settings",
     lists_by_method,
     "must be JSON: lists of dicts of numbers by names of methods: "
-    f"{', '.join(methods.METHODS)}; `pretrain` in [0, 1), `multiplier` > 0.",
+    f"{', '.join(methods.METHODS)}; `pretrain` and `falls_from` in [0, 1), "
+    "`multiplier` > 0.",
 )
 
 

@@ -26,7 +26,8 @@ class Method:
         governs: Callable of the target, the number of steps and the settings, which
             are keyword arguments: the method, for `ks.sparsify`.
         settings: Dicts of which to choose one, on validation data: arguments of the
-            method, and `pretrain` or `multiplier` where they are to differ.
+            method, and `pretrain`, `falls_from` or `multiplier` where they are to
+            differ.
         pretrain: Part of the epochs that train the dense network before.
         targets: Whether each sparsity takes a training of its own. If not, one training
             serves all of them.
@@ -34,6 +35,8 @@ class Method:
         prunes: Whether it prunes at all: else its only sparsity is zero.
         steady: Whether the learning rate stays what it is until the last phase. If not,
             it falls to zero in each of them.
+        falls_from: Part of the phase with the method after which the rate falls, if it
+            is the last.
         callbacks: Callable of the target, the number of steps and the part of the
             epochs that fine-tunes after: for `fit`.
         multiplier: Learning rate of scales and thresholds over that of the weights.
@@ -48,6 +51,7 @@ class Method:
     multiplier: float = 1.0
     prunes: bool = True
     steady: bool = False
+    falls_from: float = 0.0
 
 
 def penalty(regularizer, *settings, **fields):
@@ -172,6 +176,8 @@ METHODS = {
         {"xi": 1e-7, "psi": 1e-3},
         {"xi": 1e-7, "psi": 2e-3},
         {"xi": 3e-7, "psi": 7e-5},
+        {"xi": 3e-7, "psi": 1e-4},
+        {"xi": 3e-7, "psi": 1.4e-4},
         {"xi": 3e-7, "psi": 2e-4},
         {"xi": 3e-7, "psi": 3e-4},
         multiplier=4.0,
@@ -187,9 +193,13 @@ METHODS = {
     "gradual": gates(gradual),
     "gradual_global": gates(
         masked,
+        {},
+        {"falls_from": 0.6},
         callbacks=cut_at_steps,
     ),
-    "ltp": gates(learned, {"l0": 1e-7}, callbacks=steered),
+    "ltp": gates(
+        learned, {"l0": 1e-7}, {"l0": 1e-7, "falls_from": 0.6}, callbacks=steered
+    ),
 }
 
 
@@ -205,11 +215,14 @@ class Training:
     finetune: float
     recalibrate: bool
 
-    def fit(self, model, data, epochs, multiplier=1.0, callbacks=(), falls=True):
+    def fit(self, model, data, epochs, multiplier=1.0, callbacks=(), falls_from=0.0):
         rate = self.learning_rate
-        if falls:
-            steps = self.steps(data, epochs)
-            rate = keras.optimizers.schedules.CosineDecay(rate, steps)
+        steps = self.steps(data, epochs)
+        steady = round(falls_from * steps)
+        if steady < steps:
+            rate = keras.optimizers.schedules.CosineDecay(
+                rate, steps - steady, warmup_target=rate, warmup_steps=steady
+            )
         optimizer = keras.optimizers.SGD(
             rate,
             momentum=self.momentum,
@@ -233,7 +246,7 @@ class Training:
 
 def configured(method, settings):
     """`method` as `settings` want it, and those that are arguments for `governs`."""
-    own = settings.keys() & {"pretrain", "multiplier"}
+    own = settings.keys() & {"pretrain", "falls_from", "multiplier"}
     arguments = {name: settings[name] for name in settings.keys() - own}
     return dataclasses.replace(method, **{n: settings[n] for n in own}), arguments
 
@@ -265,15 +278,15 @@ def curve(network, data, method, settings, sparsities, training):
     steps = training.steps(data, epochs)
     dense = network()
     if pretrain:
-        training.fit(dense, data, pretrain, falls=not method.steady)
+        training.fit(dense, data, pretrain, falls_from=float(method.steady))
 
     def governed(target):
         """The model that `method` has trained, and the callbacks that it had."""
         governs = method.governs(target, steps, **arguments)
         model = dense if governs is None else ks.sparsify(dense, governs)
         callbacks = method.callbacks(target, steps, finetune)
-        falls = not (method.steady and finetune)
-        training.fit(model, data, epochs, method.multiplier, callbacks, falls)
+        falls_from = 1.0 if method.steady and finetune else method.falls_from
+        training.fit(model, data, epochs, method.multiplier, callbacks, falls_from)
         return model, callbacks
 
     trained = None if method.targets else governed(None)

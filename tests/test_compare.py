@@ -77,8 +77,8 @@ def test_every_method_comes_to_the_sparsity(name):
 class Planned(methods.Training):
     """Trains nothing, and remembers which epochs it was to train, and how."""
 
-    def fit(self, model, data, epochs, multiplier=1.0, callbacks=(), falls=True):
-        model.phases = [*getattr(model, "phases", []), (epochs, multiplier, falls)]
+    def fit(self, model, data, epochs, multiplier=1.0, callbacks=(), falls_from=0.0):
+        model.phases = [*getattr(model, "phases", []), (epochs, multiplier, falls_from)]
 
 
 def test_every_method_has_the_same_epochs(monkeypatch):
@@ -108,7 +108,7 @@ def test_every_method_has_the_same_epochs(monkeypatch):
         assert len(histories) == len(points) == (1 if name == "dense" else 2)
         for history in histories:
             assert sum(epochs for epochs, _, _ in history) == 20
-            assert history[-1][2]  # the last phase ends with a rate of zero
+            assert history[-1][2] < 1  # the last phase ends with a rate of zero
             with_method = history[-2 if finetune else -1]
             assert with_method[1] == 7.0
 
@@ -164,12 +164,30 @@ def test_batch_statistics_are_gathered_anew_beside():
 
 def test_settings_may_tell_how_a_method_trains():
     ltp = methods.METHODS["ltp"]
-    settings = {"l0": 1e-3, "pretrain": 0.25, "multiplier": 3}
+    settings = {"l0": 1e-3, "pretrain": 0.25, "multiplier": 3, "falls_from": 0.6}
     method, arguments = methods.configured(ltp, settings)
     assert arguments == {"l0": 1e-3}
     assert method.multiplier == 3 != ltp.multiplier
+    assert method.falls_from == 0.6 != ltp.falls_from
     assert methods.phases(method, 20, 0.2) == (5, 11, 4)
     assert methods.phases(ltp, 20, 0.2) == (10, 6, 4)
+
+
+@pytest.mark.parametrize("falls_from", [0.0, 0.5, 1.0])
+def test_the_learning_rate_falls_from_there_on(falls_from):
+    model, rates = network(), []
+    training = dataclasses.replace(TRAINING, epochs=4)
+    steps = training.steps(DATA, 4)
+
+    class Rates(keras.callbacks.Callback):
+        def on_train_batch_begin(self, batch, logs=None):
+            rates.append(float(self.model.optimizer.learning_rate))
+
+    training.fit(model, DATA, 4, callbacks=[Rates()], falls_from=falls_from)
+    start = falls_from * steps
+    parts = np.clip((np.arange(steps) - start) / max(steps - start, 1), 0, 1)
+    expected = training.learning_rate * (1 + np.cos(np.pi * parts)) / 2
+    np.testing.assert_allclose(rates, expected, rtol=1e-5)
 
 
 def test_one_cut_for_all_weights():
@@ -288,8 +306,9 @@ def test_flags_that_are_out_of_range():
         '--settings={"halo": {}}': "JSON: lists of dicts of numbers by names",
         '--settings={"halo": [1]}': "JSON: lists of dicts of numbers by names",
         '--settings={"halo": [{"xi": "1"}]}': "lists of dicts of numbers by names",
-        '--settings={"ltp": [{"pretrain": null}]}': "`pretrain` in [0, 1)",
-        '--settings={"ltp": [{"pretrain": 1}]}': "`pretrain` in [0, 1)",
+        '--settings={"ltp": [{"pretrain": null}]}': "`falls_from` in [0, 1)",
+        '--settings={"ltp": [{"pretrain": 1}]}': "`falls_from` in [0, 1)",
+        '--settings={"ltp": [{"falls_from": 1}]}': "`falls_from` in [0, 1)",
         '--settings={"ltp": [{"multiplier": 0}]}': "`multiplier` > 0",
         "--precision=half": "mixed_bfloat16",
         "--model=nothing": "lenet_300_100",
