@@ -35,8 +35,7 @@ class Method:
         prunes: Whether it prunes at all: else its only sparsity is zero.
         steady: Whether the learning rate stays what it is until the last phase. If not,
             it falls to zero in each of them.
-        falls_from: Part of the phase with the method after which the rate falls, if it
-            is the last.
+        falls_from: Part of the last phase after which the rate falls.
         callbacks: Callable of the target, the number of steps and the part of the
             epochs that fine-tunes after: for `fit`.
         multiplier: Learning rate of scales and thresholds over that of the weights.
@@ -285,7 +284,7 @@ def curve(network, data, method, settings, sparsities, training):
         governs = method.governs(target, steps, **arguments)
         model = dense if governs is None else ks.sparsify(dense, governs)
         callbacks = method.callbacks(target, steps, finetune)
-        falls_from = 1.0 if method.steady and finetune else method.falls_from
+        falls_from = float(method.steady) if finetune else method.falls_from
         training.fit(model, data, epochs, method.multiplier, callbacks, falls_from)
         return model, callbacks
 
@@ -296,7 +295,7 @@ def curve(network, data, method, settings, sparsities, training):
         small = method.cut(model, sparsity)
         if finetune:
             small = ks.sparsify(small, ks.KeepZeros)
-            training.fit(small, data, finetune)
+            training.fit(small, data, finetune, falls_from=method.falls_from)
             small = ks.finalize(small)
         small.compile(loss=LOSS, metrics=["accuracy"])
         report = ks.report(small)

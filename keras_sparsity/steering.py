@@ -35,7 +35,8 @@ class Steering:
         moves_with_rate: Whether it goes on as fast with a lower learning rate and a
             strength that is higher by as much. Defaults to False.
         place: Function of the governors and a sparsity that brings them there at once,
-            near as they are; `None` where nothing but training can. Defaults to `None`.
+            and says whether it could; `None` where nothing but training can. Defaults
+            to `None`.
     """
 
     distance: Callable
@@ -98,22 +99,38 @@ def scale_to_fall(governors, sparsity):
 
 
 def shift_thresholds(governors, sparsity):
-    """Multiplies the thresholds by the factor with which the sparsity is reached."""
-    ratios, size, zeros = [], 0, 0
+    """Multiplies the thresholds by the factor with which the sparsity is reached.
+
+    Of trainable governors; what others have pruned counts. Where squares tie, it comes
+    as near as it can.
+
+    Returns:
+        Whether there is such a factor.
+    """
+    shifted, size, zeros = [], 0, 0
     for governor in governors:
         pruned, count = governor.count_pruned()
         size += count
         if governor.trainable:
-            ratios += [to_array(r).ravel() for r in governor.relative_squares()]
-        else:  # what is frozen stays as it is
+            shifted.append(governor)
+        else:
             zeros -= pruned
-    if not ratios:
-        return
-    ratios = np.nan_to_num(np.concatenate(ratios), posinf=math.inf)
-    zeros = min(max(zeros + round(sparsity * size), 1), ratios.size - 1)
-    gone, stays = np.partition(ratios, [zeros - 1, zeros])[zeros - 1 : zeros + 1]
-    factor = math.sqrt(float(gone) * float(stays))
-    if 0 < factor < math.inf:
-        for governor in governors:
-            for threshold in governor.thresholds if governor.trainable else ():
+    zeros += math.ceil(sparsity * size - 1e-6)  # 0.8 * 4400 is more than 3520
+    ratios = [to_array(r).ravel() for g in shifted for r in g.relative_squares()]
+    if not ratios or not 0 < zeros <= sum(ratio.size for ratio in ratios):
+        return False
+    ratios = np.nan_to_num(np.concatenate(ratios).astype("float64"), posinf=math.inf)
+    last = np.partition(ratios, zeros - 1)[zeros - 1]
+    below, above = ratios[ratios < last], ratios[ratios > last]
+    if ratios.size - above.size - zeros <= zeros - below.size or not below.size:
+        gone, stays = last, above.min(initial=math.inf)
+    else:
+        gone, stays = below.max(), last
+    factor = (gone + stays) / 2 if stays < math.inf else 2 * gone
+    if not 0 < factor < math.inf:
+        return False
+    if not gone <= 1 < stays:
+        for governor in shifted:
+            for threshold in governor.thresholds:
                 threshold.assign(factor * threshold)
+    return True

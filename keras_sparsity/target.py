@@ -53,8 +53,9 @@ class SparsityTarget(keras.callbacks.Callback):
     begins; what they should have been is found on the way, without compiling again.
 
     In the last part of the training, `hold`, LTP has the sparsity: its thresholds are
-    trained on, and at each look multiplied by the one factor that brings them there.
-    The weights that are left settle, as they do in the end of gradual pruning.
+    trained on with the strength that they have, and at each look multiplied by the one
+    factor that brings them there. The weights that are left settle, as they do in the
+    end of gradual pruning.
 
     Thresholds come down again slowly, and weights that were given up hardly come back:
     coefficients that are much too large for the sparsity cannot be made up for. Begin
@@ -64,8 +65,8 @@ class SparsityTarget(keras.callbacks.Callback):
     HALO wants some hundred looks, 20 epochs: it steers too coarsely in few steps. It
     must arrive early, at ten times its strength at most: begin with a `psi` that is
     several times what would do without.
-    A warning tells where training ends off the target by more than 0.02, or by more
-    than a quarter of the weights that were to be left.
+    A warning tells where training comes to `hold`, or ends, off the target by more than
+    0.02, or by more than a quarter of the weights that were to be left.
 
     Args:
         sparsity: Float in (0, 1): the part of the weights that the methods govern
@@ -124,6 +125,7 @@ class SparsityTarget(keras.callbacks.Callback):
         if self.params["steps"]:  # of generators it is not known
             self._per_epoch = min(self._per_epoch, self.params["steps"])
         self._epoch = None  # nothing was trained yet
+        self._holds = False
 
     def on_epoch_begin(self, epoch, logs=None):
         # In every epoch, not only in the first after other callbacks have restored what
@@ -158,16 +160,19 @@ class SparsityTarget(keras.callbacks.Callback):
         if self._epoch is None:
             return
         self.reached = 1 - math.exp(log_left(self._governors))
+        self._warn_if_missed(self.reached, "training ended at")
+
+    def _warn_if_missed(self, reached, what):
         off = min(_MISSED, _MISSED_OF_LEFT * (1 - self.sparsity))
-        if abs(self.reached - self.sparsity) > off:
-            coefficients = "higher" if self.reached < self.sparsity else "lower"
+        if abs(reached - self.sparsity) > off:
+            coefficients = "higher" if reached < self.sparsity else "lower"
             warnings.warn(
                 f"`SparsityTarget` was to lead to a sparsity of {self.sparsity}, and "
-                f"training ended at {self.reached:.4f} after {self._epoch + 1} of "
+                f"{what} {reached:.4f} after {self._epoch + 1} of "
                 f"{self.params['epochs']} epochs. What leads nearer: more epochs, a "
                 f"learning rate that falls later, or {coefficients} coefficients to "
                 "begin with (`l0` of LTP, `xi` and `psi` of HALO).",
-                stacklevel=2,
+                stacklevel=3,
             )
 
     def _look(self):
@@ -189,8 +194,14 @@ class SparsityTarget(keras.callbacks.Callback):
             hold = self.hold if steering.place else 0
             led = (1 - hold) * self._epochs
             if hold and epochs >= led:
-                steering.place(steered, self.sparsity)
-                continue
+                led_to = 1 - math.exp(log_left(steered))
+                if steering.place(steered, self.sparsity):
+                    if not self._holds:
+                        self._warn_if_missed(
+                            led_to, "thresholds are shifted at once from"
+                        )
+                    self._holds = True
+                    continue
             looks = steering.looks_left(epochs / led, led * looks_per_epoch)
             for governor in steered:
                 strength = float(to_array(governor.strength))

@@ -216,13 +216,12 @@ class LTP(SubstitutingWrapper):
         return weights
 
     def relative_squares(self):
-        """The squares of the gated weights, in units of what prunes them."""
-        pairs = zip(self.gated, self.thresholds, strict=True)
-        for variable, threshold in pairs:
-            # Not the threshold that is held below the largest square: a factor on it
-            # says nothing of how far above the trained one is.
+        """The squares of the gated weights over `tau`, infinite if always kept."""
+        for variable, threshold in zip(self.gated, self.thresholds, strict=True):
             squares, _, unit, _ = self._measure(variable, threshold)
-            yield squares / (threshold * unit)
+            kept = squares > _HIGHEST * ops.max(squares)
+            # By the threshold as it is trained, which a factor moves.
+            yield ops.where(kept, math.inf, squares / (threshold * unit))
 
     def governed_weights(self):
         """What inference computes with: see `selection.Governed`."""

@@ -74,7 +74,11 @@ def thresholds_of(model):
     return [float(to_array(governor.thresholds[0])) for governor in governors(model)]
 
 
-def hold(model, sparsity):
+def place(model, sparsity):
+    return ks.LTP.steering.place(governors(model), sparsity)
+
+
+def look(model, sparsity):
     """A look in the last part of a training."""
     target = ks.SparsityTarget(sparsity, hold=0.5)
     target.set_model(model)
@@ -90,14 +94,13 @@ def test_one_factor_brings_the_thresholds_to_the_sparsity(sparsity):
     first, second = with_kernels(model)
     thresholds = thresholds_of(model)
     assert part_pruned(model) not in (0, sparsity)
-    hold(model, sparsity)
-    zeros = round(4400 * sparsity)
+    assert place(model, sparsity)
+    zeros = math.ceil(4400 * sparsity)
     assert part_pruned(model) == zeros / 4400
     ratios = np.sort([*(first**2 / 1e-4).ravel(), *(second**2 / 4e-4).ravel()])
     factors = np.divide(thresholds_of(model), thresholds)
     assert np.all((ratios[zeros - 1] < factors) & (factors < ratios[zeros]))
     assert factors[0] == pytest.approx(factors[1], rel=1e-6)
-    assert [strength_of(governor) for governor in governors(model)] == [1, 1]
 
 
 def test_what_is_frozen_stays_as_it_is():
@@ -106,28 +109,75 @@ def test_what_is_frozen_stays_as_it_is():
     frozen = governors(model)[1]
     frozen.trainable = False
     gone, threshold = frozen.count_pruned()[0], thresholds_of(model)[1]
-    hold(model, 0.5)
+    assert place(model, 0.5)
     assert part_pruned(model) == 0.5
     assert frozen.count_pruned()[0] == gone
     assert thresholds_of(model)[1] == threshold
 
 
-@pytest.mark.parametrize("case", ["no thresholds", "many zeros", "all frozen"])
-def test_thresholds_that_no_factor_brings_to_the_sparsity_stay(case):
+@pytest.mark.parametrize("case", ["no thresholds", "frozen", "one weight"])
+def test_where_no_factor_brings_thresholds_to_the_sparsity_it_steers_on(case):
     model = network(LTP)
     with_kernels(model)
     for governor in governors(model):
         if case == "no thresholds":
             governor.thresholds[0].assign(0.0)
-        elif case == "many zeros":
-            shape = governor.gated[0].shape
-            kernel = np.arange(math.prod(shape)).reshape(shape) % 4 == 0
-            governor.gated[0].assign(kernel)
-        else:
+        elif case == "frozen":
             governor.trainable = False
+    if case == "one weight":
+        model = keras.Sequential([keras.Input((1,)), LTP(layers.Dense(1))])
+        model.compile("sgd", "mse")
     before = thresholds_of(model)
-    hold(model, 0.5)
+    assert not place(model, 0.95)
+    look(model, 0.95)
     assert thresholds_of(model) == before
+    assert all(strength_of(governor) > 1 for governor in governors(model))
+
+
+@pytest.mark.parametrize(
+    ("sparsity", "zeros"), [(0.5, 2200), (0.55, 2200), (0.65, 3200), (0.75, 3300)]
+)
+def test_squares_that_tie_go_together(sparsity, zeros):
+    model = network(LTP)
+    with_kernels(model)
+    for governor in governors(model):  # of each two 0, one 1, one 0.1
+        size = math.prod(governor.gated[0].shape)
+        kernel = np.where(np.arange(size) % 4 < 2, 0, 10.0 ** -(np.arange(size) % 2))
+        governor.gated[0].assign(kernel.reshape(governor.gated[0].shape))
+    assert place(model, sparsity)
+    assert part_pruned(model) == zeros / 4400
+
+
+def test_the_largest_weights_of_a_layer_are_not_counted_upon():
+    model = network(LTP)
+    with_kernels(model)
+    alike = governors(model)[1]
+    alike.gated[0].assign(np.ones((100, 4)))
+    alike.thresholds[0].assign(30.0)
+    assert place(model, 0.8)
+    assert alike.count_pruned() == (0, 400)
+    assert part_pruned(model) == 0.8
+
+
+def test_thresholds_that_have_the_sparsity_stay():
+    model = network(LTP)
+    with_kernels(model)
+    before = thresholds_of(model)
+    assert place(model, part_pruned(model))
+    assert thresholds_of(model) == before
+
+
+def test_a_shift_from_far_away_is_told():
+    model = network(LTP)
+    with_kernels(model)
+    message = (
+        r"0.9, and thresholds are shifted at once from 0.\d+ after 2 of 2 .* higher"
+    )
+    with pytest.warns(UserWarning, match=message):
+        look(model, 0.9)
+    assert part_pruned(model) == 0.9
+    assert [strength_of(governor) for governor in governors(model)] == [1, 1]
+    look(model, 0.9)  # no warning
 
 
 @pytest.mark.parametrize(
