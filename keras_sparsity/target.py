@@ -124,14 +124,14 @@ class SparsityTarget(keras.callbacks.Callback):
         self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / self._epochs))
         if self.params["steps"]:  # of generators it is not known
             self._per_epoch = min(self._per_epoch, self.params["steps"])
-        self._epoch = None  # nothing was trained yet
+        self._epoch = 0  # nothing was trained yet
         self._holds = False
 
     def on_epoch_begin(self, epoch, logs=None):
         # In every epoch, not only in the first after other callbacks have restored what
         # they restore: a rate that was changed in between would else be answered to by
         # a training that was not cut, and not by one that was.
-        self._epoch, self._looks = epoch, 0
+        self._epoch, self._looks = epoch + 1, 0
         self._last = self._look()
 
     def on_train_batch_end(self, batch, logs=None):
@@ -142,7 +142,7 @@ class SparsityTarget(keras.callbacks.Callback):
             passed, self._looks = looks - self._looks, looks
             if hasattr(self.model, "jax_state_sync"):
                 self.model.jax_state_sync()  # variables are elsewhere during an epoch
-            epochs = self._epoch + looks / self._per_epoch
+            epochs = self._epoch - 1 + looks / self._per_epoch
             self._steer(epochs, self._per_epoch / passed)
 
     def on_epoch_end(self, epoch, logs=None):
@@ -157,7 +157,7 @@ class SparsityTarget(keras.callbacks.Callback):
         self._steer(epoch + 1, 1)
 
     def on_train_end(self, logs=None):
-        if self._epoch is None:
+        if not self._epoch:
             return
         self.reached = 1 - math.exp(log_left(self._governors))
         self._warn_if_missed(self.reached, "training ended at")
@@ -168,8 +168,8 @@ class SparsityTarget(keras.callbacks.Callback):
             coefficients = "higher" if reached < self.sparsity else "lower"
             warnings.warn(
                 f"`SparsityTarget` was to lead to a sparsity of {self.sparsity}, and "
-                f"{what} {reached:.4f} after {self._epoch + 1} of "
-                f"{self.params['epochs']} epochs. What leads nearer: more epochs, a "
+                f"{what} {reached:.4f} in epoch {self._epoch} of "
+                f"{self.params['epochs']}. What leads nearer: more epochs, a "
                 f"learning rate that falls later, or {coefficients} coefficients to "
                 "begin with (`l0` of LTP, `xi` and `psi` of HALO).",
                 stacklevel=3,
@@ -193,18 +193,21 @@ class SparsityTarget(keras.callbacks.Callback):
         ):
             hold = self.hold if steering.place else 0
             led = (1 - hold) * self._epochs
-            if hold and epochs >= led:
-                led_to = 1 - math.exp(log_left(steered))
-                if steering.place(steered, self.sparsity):
-                    if not self._holds:
-                        self._warn_if_missed(
-                            led_to, "thresholds are shifted at once from"
-                        )
-                    self._holds = True
-                    continue
+            if hold and epochs >= led and self._place(steering, steered):
+                continue
             looks = steering.looks_left(epochs / led, led * looks_per_epoch)
             for governor in steered:
                 strength = float(to_array(governor.strength))
                 governor.strength.assign(
                     steering.next_strength(strength, distance, last, looks, slower)
                 )
+
+    def _place(self, steering, steered):
+        """Brings a method to the sparsity at once, where it can."""
+        led_to = 1 - math.exp(log_left(steered))
+        if not steering.place(steered, self.sparsity):
+            return False
+        if not self._holds:
+            self._warn_if_missed(led_to, "thresholds are shifted at once from")
+        self._holds = True
+        return True

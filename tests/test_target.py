@@ -171,7 +171,7 @@ def test_a_shift_from_far_away_is_told():
     model = network(LTP)
     with_kernels(model)
     message = (
-        r"0.9, and thresholds are shifted at once from 0.\d+ after 2 of 2 .* higher"
+        r"0.9, and thresholds are shifted at once from 0.\d+ in epoch 2 of 2. .* higher"
     )
     with pytest.warns(UserWarning, match=message):
         look(model, 0.9)
@@ -208,7 +208,7 @@ def test_a_target_that_is_missed_is_told(sparsity, reached, word):
     if word is None:
         target.on_train_end()
     else:
-        with pytest.warns(UserWarning, match=f"{sparsity}, and .* 1 of 10 .* {word} "):
+        with pytest.warns(UserWarning, match=f"{sparsity}, and .* 1 of 10. .* {word} "):
             target.on_train_end()
     sizes = [math.prod(governor.gated[0].shape) for governor in governors(model)]
     gone = sum(round(reached * size) for size in sizes)
