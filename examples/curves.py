@@ -123,7 +123,9 @@ def table(lines):
 
 def cell(points, target):
     """The accuracy, and the sparsity where it is another than was asked for."""
-    accuracy = f"{100 * mean(points):.2f} ± {100 * spread(points):.2f}"
+    accuracy = f"{100 * mean(points):.2f}"
+    if len(points) > 1:
+        accuracy += f" ± {100 * spread(points):.2f}"
     sparsity = mean(points, "sparsity")
     off = min(1e-3, 0.05 * (1 - target))  # where few are left, few are many
     return accuracy + (f" at {sparsity:.2%}" if abs(sparsity - target) > off else "")

@@ -254,8 +254,8 @@ def test_table_and_plot(tmp_path):
     anew = line(p={**point, "recalibrated": {"validation": 0.9, "test": 0.85}})
     rows = curves.table([anew]).splitlines()[2:]
     assert rows == [
-        "| halo | 0% | 70.00 ± 0.00 |",
-        "| halo, recalibrated | 0% | 85.00 ± 0.00 |",
+        "| halo | 0% | 70.00 |",
+        "| halo, recalibrated | 0% | 85.00 |",
     ]
     dense = line("dense", p={"validation": 0.9, "test": 0.9, "target": 0.0})
     tuned = [{**each, "finetune": 0.2} for each in lines]
