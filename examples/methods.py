@@ -93,8 +93,9 @@ def learned(target, steps, **settings):
 
 
 def steered(target, steps, finetune):
-    # The weights settle in fine-tuning, or in the last third of this phase.
-    return [ks.SparsityTarget(target, hold=0 if finetune else 0.35)]
+    if finetune:  # which is where the weights settle, not the end of this phase
+        return [ks.SparsityTarget(target, hold=0)]
+    return [ks.SparsityTarget(target)]
 
 
 def cut_at_steps(target, steps, finetune):

@@ -68,9 +68,9 @@ def run():
         steps = step_count(data, FLAGS.epochs)
         model = ks.sparsify(model, method(steps), FLAGS.filters)
     phase = f"method {FLAGS.method}"
-    # The weights settle in fine-tuning, or in the last third of this phase.
-    hold = 0 if FLAGS.finetune_epochs else 0.35
-    target = [ks.SparsityTarget(FLAGS.sparsity, hold)] if FLAGS.steer else []
+    # Fine-tuning is where the weights settle, if there is any, not this phase's end.
+    settling = {"hold": 0} if FLAGS.finetune_epochs else {}
+    target = [ks.SparsityTarget(FLAGS.sparsity, **settling)] if FLAGS.steer else []
     fit(model, data, FLAGS.epochs, phase, trails / "trail", "pareto", target)
     sparse = pick(model, trails / "trail")
     if FLAGS.finetune_epochs:

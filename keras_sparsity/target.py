@@ -124,7 +124,7 @@ class SparsityTarget(keras.callbacks.Callback):
         self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / self._epochs))
         if self.params["steps"]:  # of generators it is not known
             self._per_epoch = min(self._per_epoch, self.params["steps"])
-        self._epoch = 0  # nothing was trained yet
+        self._epoch = 0  # counted from 1: nothing was trained yet
         self._holds = False
 
     def on_epoch_begin(self, epoch, logs=None):
@@ -204,10 +204,10 @@ class SparsityTarget(keras.callbacks.Callback):
 
     def _place(self, steering, steered):
         """Brings a method to the sparsity at once, where it can."""
+        if self._holds:
+            return steering.place(steered, self.sparsity)
         led_to = 1 - math.exp(log_left(steered))
-        if not steering.place(steered, self.sparsity):
-            return False
-        if not self._holds:
+        self._holds = steering.place(steered, self.sparsity)
+        if self._holds:
             self._warn_if_missed(led_to, "thresholds are shifted at once from")
-        self._holds = True
-        return True
+        return self._holds
