@@ -187,7 +187,10 @@ def test_the_learning_rate_falls_from_there_on(falls_from):
     start = falls_from * steps
     parts = np.clip((np.arange(steps) - start) / max(steps - start, 1), 0, 1)
     expected = training.learning_rate * (1 + np.cos(np.pi * parts)) / 2
-    np.testing.assert_allclose(rates, expected, rtol=1e-5)
+    # float32 has the cosine; near its end 1 + cos is small, and its error is not.
+    np.testing.assert_allclose(
+        rates, expected, rtol=1e-5, atol=1e-6 * training.learning_rate
+    )
 
 
 def test_one_cut_for_all_weights():
