@@ -37,8 +37,9 @@ flags.DEFINE_string(
     "{}",
     "Settings to choose from, instead of those in methods.py: JSON, a list of dicts by "
     'the name of the method. For example \'{"halo": [{"xi": 1e-6, "psi": 1e-3}]}\'. '
-    "Every method has two more: `multiplier`, the learning rate of its scales and "
-    "thresholds over that of the weights, and `pretrain`, the part of dense epochs.",
+    "Every method has three more: `multiplier`, the learning rate of its scales and "
+    "thresholds over that of the weights; `pretrain`, the part of dense epochs; and "
+    "`falls_from`, the part of the last phase after which the rate falls.",
 )
 flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.98", "0.99"], "In [0, 1).")
 flags.DEFINE_integer("seeds", 3, "Trainings of each kind.", lower_bound=1)
