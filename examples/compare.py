@@ -16,6 +16,7 @@ import json
 import multiprocessing
 import os
 import pathlib
+import signal
 import sys
 import threading
 import time
@@ -28,6 +29,8 @@ import methods
 import models
 import provenance
 from absl import app, flags, logging
+
+import keras_sparsity as ks
 
 FLAGS = flags.FLAGS
 
@@ -74,7 +77,11 @@ flags.DEFINE_enum(
     ["float32", "mixed_bfloat16", "mixed_float16"],
     "Keras dtype policy.",
 )
-flags.DEFINE_string("results", "runs/compare.jsonl", "File to append lines to.")
+flags.DEFINE_string(
+    "results",
+    "runs/compare.jsonl",
+    "File to append lines to, of one comparison at a time.",
+)
 flags.DEFINE_integer(
     "jobs",
     None,
@@ -100,7 +107,7 @@ def lists_by_method(text):
         isinstance(settings, dict)
         and {*settings} <= {*methods.METHODS}
         and all(
-            isinstance(each, list) and all(are_settings(one) for one in each)
+            isinstance(each, list) and each and all(are_settings(one) for one in each)
             for each in settings.values()
         )
     )
@@ -117,7 +124,7 @@ def are_settings(one):
 
 flags.register_validator(
     "methods",
-    lambda names: {*names} <= {*methods.METHODS},
+    lambda names: names and {*names} <= {*methods.METHODS},
     f"must be of {', '.join(methods.METHODS)}.",
 )
 flags.register_validator("model", models.is_known, models.EXPECTED)
@@ -145,34 +152,77 @@ def main(argv):
     done = {curves.key(line) for line in lines}
     todo = [job for job in asked if curves.key(job) not in done]
     print(f"{len(lines)} trainings recorded in {results}, {len(todo)} to do")
-    if todo:
-        try:
-            load(todo[0], FLAGS.data_dir, FLAGS.download)
-        except (ImportError, ValueError, OSError) as error:
-            sys.exit(f"{error}")  # it says what is missing, and what to do
-    results.parent.mkdir(parents=True, exist_ok=True)
-    end_last_line(results)
+    try:
+        check(todo)
+        results.parent.mkdir(parents=True, exist_ok=True)
+        end_last_line(results)
+    except (ImportError, ValueError, RuntimeError, OSError) as error:
+        sys.exit(f"{error}")  # it says what is missing, and what to do
     bar = keras.utils.Progbar(len(todo), unit_name="training")
     failed = []
-    with pool(min(FLAGS.jobs or provenance.cores(), len(todo) or 1)) as executor:
-        futures = {executor.submit(train, job, FLAGS.data_dir): job for job in todo}
-        for future in concurrent.futures.as_completed(futures):
-            job = futures[future]
-            try:
-                line = future.result()
-            except Exception as error:  # the others are worth having all the same
-                failed.append(f"{job['method']} {job['settings']}: {error!r}")
-            else:
-                lines.append(line)
-                with results.open("a") as file:
-                    print(json.dumps(line), file=file)
-            bar.add(1)
+    for job, outcome in outcomes(todo):
+        if isinstance(outcome, Exception):  # the others are worth having all the same
+            failed.append(f"{named(job)}: {outcome!r}")
+        else:
+            lines.append(outcome)
+            with results.open("ab", buffering=0) as file:  # the line in one piece
+                file.write(f"{json.dumps(outcome)}\n".encode())
+        bar.add(1)
     same = {*curves.comparisons(asked)}
     for name, group in curves.comparisons(lines).items():
         if name in same:
             print(curves.table(group))
     if failed:
         sys.exit("\n".join([f"{len(failed)} trainings failed:", *failed]))
+
+
+def named(job):
+    finetune, seed = job["finetune"], job["seed"]
+    return f"{job['method']} {job['settings']} finetune={finetune:g} seed={seed}"
+
+
+def check(todo):
+    """Data, network and settings, before hours of training."""
+    if not todo:
+        return
+    data = load(todo[0], FLAGS.data_dir, FLAGS.download)
+    try:
+        models.build(FLAGS.model, data.image_shape, data.classes)
+    except ValueError as error:
+        shape = data.image_shape
+        raise ValueError(
+            f"--model={FLAGS.model}, images of {shape}: {error}"
+        ) from error
+    small = keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)])
+    for job in todo:
+        method, arguments = methods.configured(
+            methods.METHODS[job["method"]], job["settings"]
+        )
+        try:
+            ks.sparsify(small, method.governs(0.5, 1, **arguments) or ks.KeepZeros)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{named(job)}: {error}") from error
+
+
+def outcomes(todo):
+    """Each of the jobs with its line, or with its error, as they come."""
+    with pool(min(FLAGS.jobs or provenance.cores(), len(todo) or 1)) as executor:
+        futures = {executor.submit(train, job, FLAGS.data_dir): job for job in todo}
+        try:
+            for future in concurrent.futures.as_completed(futures):
+                error = future.exception()
+                if isinstance(error, concurrent.futures.process.BrokenProcessPool):
+                    sys.exit(
+                        "A process that trains was killed, perhaps for want of memory. "
+                        "What is recorded is whole, and the same command does the "
+                        "rest: with --jobs=1 it takes the least memory."
+                    )
+                yield futures[future], error or future.result()
+        except BaseException:
+            # Or the pool would do all that is left before it closes.
+            for process in multiprocessing.active_children():
+                process.terminate()
+            raise
 
 
 def check_epochs(job):
@@ -188,8 +238,8 @@ def check_epochs(job):
 
 def end_last_line(path):
     """A line that a stop has cut must not swallow the next one."""
-    text = path.read_text() if path.exists() else ""
-    if text and not text.endswith("\n"):
+    text = path.read_bytes() if path.exists() else b""
+    if text and not text.endswith(b"\n"):
         with path.open("a") as file:
             file.write("\n")
 
@@ -234,7 +284,8 @@ def pool(processes):
 
 
 def end_with_parent():
-    """A comparison that is killed must not leave trainings behind."""
+    """A comparison that is killed or interrupted leaves no training behind."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's to answer
 
     def wait():
         multiprocessing.parent_process().join()

@@ -11,7 +11,9 @@ import statistics
 from absl import app, flags
 
 FLAGS = flags.FLAGS
+# To be raised where lines change, or what trains under the name of a method.
 FORMAT = 1
+_NEEDED = {"format", "method", "settings", "finetune", "seed", "curve"}
 
 # What a training came to, and where; the rest of a line is what was asked for.
 _OUTCOME = {"format", "curve", "seconds", "backend", "versions", "hardware", "command"}
@@ -27,24 +29,23 @@ _COLORS = {name: f"C{index}" for index, name in enumerate(_NAMES)}
 def read(path):
     """The lines of a results file that are whole and of this format."""
     path = pathlib.Path(path)
-    texts = path.read_text().splitlines(keepends=True) if path.exists() else []
+    texts = path.read_text(errors="replace").splitlines() if path.is_file() else []
     lines = []
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-            line["curve"]
         except json.JSONDecodeError:
             print(f"{path}, line {number} is cut or no JSON: it is left out.")
-        except (TypeError, KeyError):
+            continue
+        if not isinstance(line, dict) or not _NEEDED <= line.keys():
             print(f"{path}, line {number} is not of compare.py: it is left out.")
+        elif line["format"] != FORMAT:
+            print(
+                f"{path}, line {number} has format {line['format']}, not {FORMAT}: it "
+                "is left out."
+            )
         else:
-            if line.get("format") == FORMAT:
-                lines.append(line)
-            else:
-                print(
-                    f"{path}, line {number} has format {line.get('format')}, not "
-                    f"{FORMAT}: it is left out."
-                )
+            lines.append(line)
     return lines
 
 

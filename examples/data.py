@@ -2,6 +2,7 @@
 
 import math
 import pathlib
+import zipfile
 from typing import Any, NamedTuple
 
 import keras
@@ -146,6 +147,12 @@ def _split(images, labels, fraction, seed):
     """Splits off a random `fraction` of the images."""
     order = np.random.default_rng(seed).permutation(len(images))
     kept, held_out = np.split(order, [round(len(images) * (1 - fraction))])
+    if not (kept.size and held_out.size):
+        raise ValueError(
+            "Of the images some must be left to train with, and some to choose by. "
+            f"Received: {len(images)} images, of which a part of {fraction:g} is to be "
+            "held out"
+        )
     return (images[kept], labels[kept]), (images[held_out], labels[held_out])
 
 
@@ -167,23 +174,34 @@ def _digits():
 def _arrays(path):
     if not pathlib.Path(path).is_file():
         raise ValueError(f"There is no file `{path}`.")
-    with np.load(path) as file:
-        needed = [f"{kind}_{part}" for part in ("train", "test") for kind in "xy"]
-        if not {*needed} <= {*file.files}:
-            raise ValueError(
-                f"`{path}` must have the arrays {', '.join(needed)}. "
-                f"Received: {', '.join(file.files)}"
-            )
-        x_train, y_train, x_test, y_test = (file[name] for name in needed)
-    classes = int(y_train.max()) + 1
-    return _scaled(x_train, y_train), _scaled(x_test, y_test), classes
+    try:
+        with open(path, "rb") as raw, np.load(raw) as file:
+            arrays = dict(file)
+    except (OSError, EOFError, ValueError, TypeError, zipfile.BadZipFile) as error:
+        raise ValueError(f"`{path}` is no .npz file, or is cut: {error}") from error
+    needed = [f"{kind}_{part}" for part in ("train", "test") for kind in "xy"]
+    if not {*needed} <= {*arrays}:
+        raise ValueError(
+            f"`{path}` must have the arrays {', '.join(needed)}. "
+            f"Received: {', '.join(arrays)}"
+        )
+    x_train, y_train, x_test, y_test = (arrays[name] for name in needed)
+    train, test = _scaled(path, x_train, y_train), _scaled(path, x_test, y_test)
+    return train, test, int(y_train.max()) + 1
 
 
-def _scaled(images, labels):
+def _scaled(path, images, labels):
     """Images of one channel may come without that axis, as Keras has them."""
+    labels = labels.ravel()
+    if images.ndim not in (3, 4) or not len(images) == len(labels) > 0:
+        raise ValueError(
+            f"`{path}` must have images of shape (count, height, width[, channels]), "
+            f"and a label for each. Received: images of shape {images.shape}, "
+            f"{len(labels)} labels"
+        )
     if images.ndim == 3:
         images = images[..., None]
-    return (images / 255).astype("float32"), labels.ravel()
+    return (images / 255).astype("float32"), labels
 
 
 def _tfds(name, data_dir, download, image_size):

@@ -124,8 +124,7 @@ class GlobalMagnitude(keras.callbacks.Callback):
     def prune(self, sparsity):
         pairs = [
             (abs(keras.ops.convert_to_numpy(variable)), mask)
-            for layer in self.model.layers
-            if hasattr(layer, "masks")
+            for layer in masked_layers(self.model)
             for variable, mask in zip(layer.gated, layer.masks, strict=True)
         ]
         magnitudes = np.concatenate([magnitude.ravel() for magnitude, _ in pairs])
@@ -133,6 +132,15 @@ class GlobalMagnitude(keras.callbacks.Callback):
         cut = np.partition(magnitudes, zeros)[zeros]
         for magnitude, mask in pairs:
             mask.assign(magnitude >= cut)
+
+
+def masked_layers(model):
+    """The `KeepZeros` layers of a model, and of the models in it."""
+    for layer in model.layers:
+        if hasattr(layer, "masks"):
+            yield layer
+        elif hasattr(layer, "layers"):
+            yield from masked_layers(layer)
 
 
 # The settings are those that LeNet-300-100 on Fashion-MNIST has to choose from: another

@@ -79,7 +79,7 @@ HALO_MNIST_NOTES = (
     "drops: every 25,000 of the 150,000 steps, as a part of them: 2 % of the images "
     "are held out. In the authors' code both schedules are of the weights' optimizer, "
     "so that their rate drops twice each time, and that of the scales never.",
-    "xi, psi: the best for LeNet-300-100 on Fashion-MNIST in 10 epochs. The authors "
+    "xi, psi: good for LeNet-300-100 on Fashion-MNIST in 10 epochs. The authors "
     "give some in an appendix; their code pulls on biases too.",
 )
 

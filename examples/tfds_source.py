@@ -28,6 +28,8 @@ def builder(name, data_dir=None, download=False):
             f"No data set is called `{name}`. Expected `digits`, the path of an .npz "
             f"file, or a name of tensorflow-datasets. {_contents(folder)}"
         ) from None
+    except AssertionError as error:  # of a version or a config that it has not
+        raise ValueError(f"Data set `{name}` is not there: {error}") from error
     if pathlib.Path(found.data_path).exists():
         return found
     by_hand = found.MANUAL_DOWNLOAD_INSTRUCTIONS

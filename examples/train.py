@@ -17,6 +17,7 @@ import denormals
 import devices
 import imagenet
 import keras
+import methods
 import models
 import provenance
 import settings
@@ -28,7 +29,6 @@ from keras_sparsity.replicas import is_chief
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(train_flags)
-LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def main(argv):
@@ -68,9 +68,9 @@ def run():
         steps = step_count(data, FLAGS.epochs)
         model = ks.sparsify(model, method(steps), FLAGS.filters)
     phase = f"method {FLAGS.method}"
-    # Fine-tuning is where the weights settle, if there is any, not this phase's end.
-    settling = {"hold": 0} if FLAGS.finetune_epochs else {}
-    target = [ks.SparsityTarget(FLAGS.sparsity, **settling)] if FLAGS.steer else []
+    target = []
+    if FLAGS.steer:
+        target = methods.steered(FLAGS.sparsity, None, FLAGS.finetune_epochs)
     fit(model, data, FLAGS.epochs, phase, trails / "trail", "pareto", target)
     sparse = pick(model, trails / "trail")
     if FLAGS.finetune_epochs:
@@ -150,7 +150,7 @@ def fit(model, data, epochs, phase, trail, keep="none", callbacks=()):
     sparsity_optimizer = optimizers[FLAGS.sparsity_optimizer]()
     model.compile(
         ks.SparsityOptimizer(optimizer, sparsity_optimizer, FLAGS.multiplier),
-        LOSS,
+        methods.LOSS,
         metrics=["accuracy"],
         jit_compile={"true": True, "false": False}.get(FLAGS.jit_compile, "auto"),
     )
@@ -191,13 +191,7 @@ def method(steps):
         case "l1":
             return keras.regularizers.L1(FLAGS.l1)
         case "magnitude":
-            # The last quarter of the steps is for recovering.
-            schedule = ks.CubicSparsity(
-                FLAGS.sparsity,
-                end_step=max(1, steps * 3 // 4),
-                frequency=max(1, steps // 100),
-            )
-            return functools.partial(ks.MagnitudePruning, schedule=schedule)
+            return methods.gradual(FLAGS.sparsity, steps)
 
 
 def pick(model, trail):
@@ -222,7 +216,7 @@ def measure(model, data, path):
     top_5 = keras.metrics.SparseTopKCategoricalAccuracy(
         min(5, data.classes), name="top_5"
     )
-    model.compile(loss=LOSS, metrics=["accuracy", top_5])
+    model.compile(loss=methods.LOSS, metrics=["accuracy", top_5])
     scores = model.evaluate(*data.test, FLAGS.batch_size, verbose=0, return_dict=True)
     report = ks.report(model)
     return {

@@ -7,7 +7,7 @@ import sys
 import devices
 import models
 import recipes
-from absl import flags
+from absl import app, flags
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(devices)
@@ -178,14 +178,6 @@ flags.register_validator(
 )
 for name in ("temperature", "multiplier"):
     flags.register_validator(name, lambda value: value > 0, "must be > 0")
-flags.register_multi_flags_validator(
-    ["steer", "method", "sparsity"],
-    lambda values: (
-        not values["steer"]
-        or (values["method"] in ("ltp", "halo") and values["sparsity"])
-    ),
-    "--steer leads ltp or halo to a --sparsity above 0: give both",
-)
 
 
 def fill_defaults():
@@ -194,6 +186,11 @@ def fill_defaults():
         for name, value in recipes.RECIPES[FLAGS.recipe].settings.items():
             FLAGS.set_default(name, value)  # what the command says stays
         print(recipes.describe(FLAGS.recipe, lambda name: FLAGS[name].value))
+    if FLAGS.steer and not (FLAGS.method in ("ltp", "halo") and FLAGS.sparsity):
+        raise app.UsageError(
+            "--steer leads ltp or halo to a --sparsity above 0: give both. "
+            f"Received: --method={FLAGS.method} --sparsity={FLAGS.sparsity}"
+        )
     from_dense = FLAGS.method in ("ltp", "magnitude")
     by_magnitude = FLAGS.method in ("halo", "l1", "magnitude")
     model = pathlib.Path(FLAGS.model).name

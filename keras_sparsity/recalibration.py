@@ -100,12 +100,12 @@ def _call_that_gathers(layer):
     """A call of `layer` in training, with the momentum for the mean of all calls."""
     seen = 0
 
-    def call(inputs, training=None, mask=None):
+    def call(inputs, training=None, **kwargs):
         nonlocal seen
         count = inputs.shape[0]
         layer.momentum = seen / (seen + count)
         seen += count
-        return type(layer).call(layer, inputs, training=True, mask=mask)
+        return type(layer).call(layer, inputs, training=True, **kwargs)
 
     return call
 

@@ -11,7 +11,7 @@ from keras_sparsity.checks import check_number
 from keras_sparsity.selection import Governed, full_precision
 from keras_sparsity.steering import Steering, scale_to_fall
 
-SCALE_FLOOR = 1e-3
+SWS_SCALE_FLOOR = 1e-3
 
 
 class KernelPenalty(keras.Layer, keras.regularizers.Regularizer):
@@ -293,7 +293,7 @@ class SWS(KernelPenalty):
             name="sws_scale",
             shape=(),
             initializer="ones",
-            constraint=Bounds(SCALE_FLOOR),
+            constraint=Bounds(SWS_SCALE_FLOOR),
             autocast=False,
         )
 
@@ -306,7 +306,7 @@ class SWS(KernelPenalty):
     def penalty(self, w):
         """The penalty of a float32 tensor of the kernel's shape, a scalar."""
         scale = ops.cast(self.scale, "float32")
-        square = ops.maximum(ops.square(scale), SCALE_FLOOR**2)
+        square = ops.maximum(ops.square(scale), SWS_SCALE_FLOOR**2)
         pull = self.xi * ops.sum(w * ops.sign(w)) / square
         return pull + self.psi * ops.square(scale)
 

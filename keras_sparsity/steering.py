@@ -101,8 +101,8 @@ def scale_to_fall(governors, sparsity):
 def shift_thresholds(governors, sparsity):
     """Multiplies the thresholds by the factor with which the sparsity is reached.
 
-    Of trainable governors; what others have pruned counts. Where squares tie, it comes
-    as near as it can.
+    Of trainable governors; what others have pruned counts. Where squares tie, and where
+    more weights should go than can, it comes as near as it can.
 
     Returns:
         Whether there is such a factor.
@@ -117,9 +117,12 @@ def shift_thresholds(governors, sparsity):
             zeros -= pruned
     zeros += math.ceil(sparsity * size - 1e-6)  # 0.8 * 4400 is more than 3520
     ratios = [to_array(r).ravel() for g in shifted for r in g.relative_squares()]
-    if not ratios or not 0 < zeros <= sum(ratio.size for ratio in ratios):
+    if not ratios:
         return False
     ratios = np.nan_to_num(np.concatenate(ratios).astype("float64"), posinf=math.inf)
+    zeros = min(zeros, int(np.isfinite(ratios).sum()))
+    if zeros <= 0:
+        return False
     last = np.partition(ratios, zeros - 1)[zeros - 1]
     below, above = ratios[ratios < last], ratios[ratios > last]
     if ratios.size - above.size - zeros <= zeros - below.size or not below.size:

@@ -66,7 +66,8 @@ class SparsityTarget(keras.callbacks.Callback):
     must arrive early, at ten times its strength at most: begin with a `psi` that is
     several times what would do without.
     A warning tells where training comes to `hold`, or ends, off the target by more than
-    0.02, or by more than a quarter of the weights that were to be left.
+    0.02, or by more than a quarter of the weights that were to be left, as one does
+    that another callback stops early. When training has ended, strengths are 1 again.
 
     Args:
         sparsity: Float in (0, 1): the part of the weights that the methods govern
@@ -87,8 +88,10 @@ class SparsityTarget(keras.callbacks.Callback):
     Example:
 
     ```python
-    model = ks.sparsify(model, functools.partial(ks.LTP, l0=1e-6))
-    model.compile(ks.SparsityOptimizer("sgd"), loss, metrics=["accuracy"])
+    model = ks.sparsify(model, functools.partial(ks.LTP, l0=1e-7))
+    rate = keras.optimizers.schedules.CosineDecay(0.1, 20 * steps_per_epoch)
+    sgd = functools.partial(keras.optimizers.SGD, momentum=0.9)
+    model.compile(ks.SparsityOptimizer(sgd(rate), sgd()), loss, metrics=["accuracy"])
     model.fit(x, y, epochs=20, callbacks=[ks.SparsityTarget(0.95)])
     ```
     """
@@ -157,6 +160,10 @@ class SparsityTarget(keras.callbacks.Callback):
         self._steer(epoch + 1, 1)
 
     def on_train_end(self, logs=None):
+        # They were for this training: the next one would else begin with a price that
+        # its end, where the learning rate is all but zero, had made enormous.
+        for governor in self._governors:
+            governor.strength.assign(1.0)
         if not self._epoch:
             return
         self.reached = 1 - math.exp(log_left(self._governors))

@@ -116,10 +116,16 @@ def train(way, scope, case, trail, kill):
             metrics=["accuracy"],
             jit_compile=True if way == "compiled" else "auto",
         )
-    callbacks = []
+    callbacks, strengths = [], []
+
+    def look(epoch, logs):
+        found = [v for v in model.weights if v.name == "ltp_strength"]
+        strengths.append([keras.ops.convert_to_numpy(v) for v in found])
+
     if "target" in features:
         # Soon there, so that prices fall: where they grow, rounding grows with them.
         callbacks.append(ks.SparsityTarget(0.05))
+        callbacks.append(keras.callbacks.LambdaCallback(on_epoch_end=look))
     if trail:
         callbacks.append(ks.SparsityTrail(trail, resume=True))
     if kill:
@@ -139,6 +145,8 @@ def train(way, scope, case, trail, kill):
     )
     history.history.pop("sparsity", None)  # the trail's
     results = {f"history/{name}": column for name, column in history.history.items()}
+    if strengths:
+        results["strengths"] = np.array(strengths)
     small = ks.finalize(model)
     if evaluates:
         results["evaluate"] = model.evaluate(x, y, 16, verbose=0)

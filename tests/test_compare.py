@@ -5,6 +5,8 @@ import itertools
 import json
 import os
 import pathlib
+import re
+import signal
 import subprocess
 import sys
 
@@ -206,6 +208,17 @@ def test_one_cut_for_all_weights():
         np.testing.assert_array_equal(a, b)
 
 
+def test_one_cut_reaches_into_models_within_the_model():
+    inner = network()
+    inputs = keras.Input((2, 6, 1))
+    model = keras.Model(inputs, keras.layers.Dense(2)(inner(inputs)))
+    model = ks.sparsify(model, ks.KeepZeros)
+    callback = methods.GlobalMagnitude(ks.ConstantSparsity(0.5))
+    callback.set_model(model)
+    callback.prune(0.5)
+    assert ks.report(ks.finalize(model)).sparsity == 0.5
+
+
 def line(method="halo", seed=0, settings=None, **points):
     curve = [
         {"target": 0.9, "sparsity": 0.9, "layers": {"a/kernel": 0.9}, **point}
@@ -270,15 +283,16 @@ def test_what_is_whole_is_read(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     whole = line(p={"validation": 0.8, "test": 0.8})
     other = {**whole, "format": 99}
-    foreign = ["null", "[1]", '{"format": 1}']
+    foreign = ["null", "[1]", '{"format": 1, "curve": [{}]}']
     texts = [json.dumps(whole), json.dumps(other), *foreign, json.dumps(whole)[:9]]
-    path.write_text("\n".join(texts))
-    assert curves.read(path) == [whole]
+    path.write_bytes("\n".join(texts).encode() + b"\n\xff\n" + texts[0].encode())
+    assert curves.read(path) == [whole, whole]
+    assert curves.read(tmp_path) == []
     said = capsys.readouterr().out
     assert "line 2 has format 99, not 1" in said
     for number in (3, 4, 5):
         assert f"line {number} is not of compare.py" in said
-    assert "line 6 is cut" in said
+    assert "line 6 is cut" in said and "line 7 is cut" in said
 
 
 # In a process of its own: train.py defines flags of the same names.
@@ -305,6 +319,8 @@ def test_flags_that_are_out_of_range():
         "--sparsities=": "numbers in [0, 1)",
         "--finetune=much": "numbers in [0, 1)",
         "--validation_split=1": "in (0, 1)",
+        "--methods=": "of dense, magnitude, l1",
+        '--settings={"halo": []}': "JSON: lists of dicts of numbers by names",
         '--settings={"halo": {}}': "JSON: lists of dicts of numbers by names",
         '--settings={"halo": [1]}': "JSON: lists of dicts of numbers by names",
         '--settings={"halo": [{"xi": "1"}]}': "lists of dicts of numbers by names",
@@ -363,7 +379,7 @@ def test_precision_is_that_of_the_training():
 
 
 def test_a_training_that_fails_leaves_the_others(tmp_path):
-    settings = '{"l1": [{"l2": 1}, {"l1": 1e-4}]}'
+    settings = '{"l1": [{"l1": 1e30}, {"l1": 1e-4}]}'
     code, said = compare(
         tmp_path / "r.jsonl",
         *("--methods=l1", f"--settings={settings}", "--epochs=2", "--finetune=0"),
@@ -371,7 +387,23 @@ def test_a_training_that_fails_leaves_the_others(tmp_path):
     )
     (one,) = curves.read(tmp_path / "r.jsonl")
     assert one["settings"] == {"l1": 1e-4}
-    assert code == 1 and "1 trainings failed:\nl1 {'l2': 1}: TypeError" in said
+    failure = "1 trainings failed:\nl1 {'l1': 1e+30} finetune=0 seed=0: ValueError"
+    assert code == 1 and failure in said
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ('--settings={"l1": [{"l2": 1}]}', "l1 {'l2': 1} finetune=0 seed=0: .*'l2'"),
+        ('--settings={"l1": [{"l1": -1}]}', "l1 {'l1': -1} finetune=0 seed=0: .*l1=-1"),
+        ("--model=alexnet", r"--model=alexnet, images of \(8, 8, 1\): .*"),
+        ("--validation_split=0.0001", ".*some to choose by"),
+    ],
+)
+def test_what_no_training_can_do_is_refused_before_the_first(tmp_path, wrong, why):
+    code, said = compare(tmp_path / "r.jsonl", "--methods=l1", "--finetune=0", wrong)
+    assert code == 1 and re.search(f"^{why}", said, re.MULTILINE)
+    assert not (tmp_path / "r.jsonl").exists()
 
 
 @pytest.mark.slow
@@ -393,7 +425,8 @@ def test_it_goes_on_where_it_was_stopped(tmp_path):
 
 
 @pytest.mark.slow
-def test_a_killed_comparison_leaves_no_training_behind(tmp_path):
+@pytest.mark.parametrize("end", ["kill", "interrupt", "kill one that trains"])
+def test_a_comparison_that_ends_leaves_no_training_behind(tmp_path, end):
     command = [
         *(sys.executable, EXAMPLES / "compare.py", "--methods=magnitude,l1"),
         *("--epochs=1000", "--jobs=2", f"--results={tmp_path / 'r.jsonl'}"),
@@ -403,7 +436,12 @@ def test_a_killed_comparison_leaves_no_training_behind(tmp_path):
     try:
         # It, Python's tracker of resources, and two that train.
         wait_until(lambda: len(processes_of(group)) >= 4, seconds=120)
-        comparison.kill()
+        if end == "interrupt":  # as a terminal does, all of them
+            os.killpg(group, signal.SIGINT)
+        elif end == "kill":
+            comparison.kill()
+        else:
+            os.kill(max(map(int, processes_of(group))), signal.SIGKILL)
         comparison.wait()
         wait_until(lambda: not processes_of(group), seconds=120)
     finally:

@@ -155,6 +155,33 @@ def test_arrays_of_a_file(tmp_path, channels):
         data.load(str(tmp_path / "nothing.npz"))
 
 
+@pytest.mark.parametrize("left", [0, 10, 2000, -1])
+def test_a_file_of_arrays_that_is_cut_is_refused(tmp_path, left):
+    names = [f"{kind}_{part}" for kind in "xy" for part in ("train", "test")]
+    path = tmp_path / "mine.npz"
+    np.savez(path, **{name: np.ones((40, 8, 6)) for name in names})
+    path.write_bytes(path.read_bytes()[:left])
+    with pytest.raises(ValueError, match="`.*mine.npz` is no .npz file, or is cut"):
+        data.load(str(path))
+
+
+@pytest.mark.parametrize(
+    ("shape", "labels"), [((40, 48), 40), ((40, 8, 6), 39), ((0, 8, 6), 0)]
+)
+def test_arrays_that_are_no_images_with_labels_are_refused(tmp_path, shape, labels):
+    arrays = {f"x_{part}": np.ones(shape) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.ones(labels, int) for part in ("train", "test")}
+    np.savez(tmp_path / "mine.npz", **arrays)
+    with pytest.raises(ValueError, match=rf"images of shape .*{labels} labels"):
+        data.load(str(tmp_path / "mine.npz"))
+
+
+@pytest.mark.parametrize("validation", [1e-4, 0.9999])
+def test_some_images_to_train_with_and_some_to_choose_by(validation):
+    with pytest.raises(ValueError, match="some to choose by. Received: 1438 images"):
+        data.load("digits", validation=validation)
+
+
 @pytest.mark.parametrize(
     "flag", ["--sparsity=1", "--curve=0.5,1.5", "--l0=-1", "--model=vgg", "--epochs=0"]
 )
@@ -222,8 +249,15 @@ def test_a_sparsity_is_steered_to(run, tmp_path, method, epochs):
 
 def test_steering_needs_a_sparsity(run):
     for wrong in (["--steer"], ["--steer", "--method=l1", "--sparsity=0.5"]):
-        with pytest.raises(flags.IllegalFlagValueError, match="--steer leads ltp or"):
+        with pytest.raises(app.UsageError, match="--steer leads ltp or"):
             run(*wrong)
+
+
+def test_a_recipe_may_bring_the_sparsity_to_steer_to(run):
+    other = ["--dataset=digits", "--model=small_cnn", "--images=200", "--epochs=2"]
+    with pytest.warns(UserWarning, match="was to lead to a sparsity of 0.95"):
+        results = run("--recipe=halo_vgg_cifar10", "--steer", *other)
+    assert results["settings"]["steer"]
 
 
 def test_fine_tuning_keeps_the_zeros(run, tmp_path):

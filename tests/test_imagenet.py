@@ -4,6 +4,7 @@ import json
 import pathlib
 import sys
 
+import keras
 import numpy as np
 import pytest
 from absl import flags
@@ -154,7 +155,14 @@ def test_a_recipe_trains_on_it(folder, tmp_path, capsys):
     # So short a training is not led to the sparsity that the recipe wants.
     assert "No epoch has --sparsity=0.248" in capsys.readouterr().out
     assert results["sparse"]["sparsity"] < 0.248
-    assert 0 <= results["sparse"]["accuracy"] <= 1
+    images, _ = imagenet.load("tiny_imagenet", 8, folder, image_size=16).test
+    model = keras.saving.load_model(tmp_path / "sparse.keras")
+    right = [
+        model.predict(x, verbose=0).argmax(-1) == y
+        for x, y in images.as_numpy_iterator()
+    ]
+    accuracy = np.mean(np.concatenate(right))
+    assert results["sparse"]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
     assert results["sparse"]["top_5"] == 1  # there are four classes
 
 

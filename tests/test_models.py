@@ -148,11 +148,14 @@ def test_weights_are_those_of_a_file(tmp_path):
         np.testing.assert_array_equal(a, b)
 
 
-def test_what_is_not_there_is_refused_with_what_is(backbone):
-    with pytest.raises(ValueError, match="small_cnn.*ResNet50.*Received: name=vgg"):
-        models.build("vgg", MNIST, 10)
+def test_a_preset_that_is_not_there_is_refused_with_what_is(backbone):
     with pytest.raises(ValueError, match="no preset resnet5.*resnet50_v2"):
         models.build("keras_cv/resnet5", MNIST, 10)
+
+
+def test_what_is_not_there_is_refused_with_what_is():
+    with pytest.raises(ValueError, match="small_cnn.*ResNet50.*Received: name=vgg"):
+        models.build("vgg", MNIST, 10)
     with pytest.raises(ValueError, match="no ImageNet weights for lenet5"):
         models.build("lenet5", MNIST, 10, weights="imagenet")
     with pytest.raises(ValueError, match="file that is there.*nowhere.keras"):

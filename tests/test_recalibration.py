@@ -113,6 +113,16 @@ def test_nested_models_and_several_inputs():
     assert not np.allclose(statistics(inner)[0], 0)
 
 
+def test_a_normalization_of_ones_own():
+    class Own(layers.BatchNormalization):
+        def call(self, inputs, training=None):
+            return super().call(inputs, training=training)
+
+    model = keras.Sequential([keras.Input((5,)), Own(name="norm")])
+    ks.recalibrate(model, X, batch_size=60)
+    np.testing.assert_allclose(statistics(model)[0], X.mean(0), rtol=1e-5)
+
+
 def test_everything_else_stays():
     model = network()
     model.compile("sgd", "mse")

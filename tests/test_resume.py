@@ -166,6 +166,19 @@ def test_killed_in_the_middle_of_an_epoch(wholes, tmp_path, method):
             assert_same(point.load().get_weights(), reference.get_weights())
 
 
+def steered(directory):
+    """The model, and the strengths at the end of each epoch that was trained."""
+    strengths = []
+
+    class Look(keras.callbacks.Callback):
+        def on_epoch_end(self, epoch, logs=None):
+            found = [v for v in self.model.weights if v.name == "ltp_strength"]
+            strengths.append([keras.ops.convert_to_numpy(v).copy() for v in found])
+
+    model, _ = train(directory, callbacks=[ks.SparsityTarget(0.5), Look()])
+    return model, np.array(strengths)
+
+
 def train_to_a_target_and_die(directory):
     train(directory, callbacks=[ks.SparsityTarget(0.5), KillAt(2, 1)])
 
@@ -173,11 +186,11 @@ def train_to_a_target_and_die(directory):
 @pytest.mark.filterwarnings("ignore:`SparsityTarget` was to lead")  # in 4 epochs
 def test_a_steered_training_goes_on(tmp_path):
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    expected, _ = train(whole, callbacks=[ks.SparsityTarget(0.5)])
-    strengths = [v for v in expected.weights if v.name == "ltp_strength"]
-    assert all(float(keras.ops.convert_to_numpy(v)) != 1 for v in strengths)
+    expected, strengths = steered(whole)
+    assert np.all(strengths != 1)
     assert run(train_to_a_target_and_die, cut) == -signal.SIGKILL
-    model, _ = train(cut, callbacks=[ks.SparsityTarget(0.5)])
+    model, rest = steered(cut)
+    np.testing.assert_array_equal(rest, strengths[2:])
     assert_same(values(model), values(expected))
     assert record(cut) == record(whole)
 

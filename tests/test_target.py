@@ -159,6 +159,16 @@ def test_the_largest_weights_of_a_layer_are_not_counted_upon():
     assert part_pruned(model) == 0.8
 
 
+def test_what_cannot_be_reached_is_come_as_near_to_as_can_be():
+    model = network(LTP)
+    first, second = with_kernels(model)
+    # The largest weight of each stays, and what is all but as large.
+    assert np.sum(abs(first) > 0.999 * abs(first).max()) == 1
+    assert np.sum(abs(second) > 0.999 * abs(second).max()) == 1
+    assert place(model, 0.9999)
+    assert part_pruned(model) == 4398 / 4400
+
+
 def test_thresholds_that_have_the_sparsity_stay():
     model = network(LTP)
     with_kernels(model)
@@ -224,6 +234,19 @@ def test_halo_ends_where_the_prune_is_free():
     assert np.mean((small.predict(X, verbose=0) - Y) ** 2) == pytest.approx(
         loss, rel=0.1
     )
+
+
+@pytest.mark.parametrize("method", [LTP, ks.HALO(xi=2e-6, psi=5e-3)])
+def test_the_next_training_begins_without_the_strength_of_this_one(method):
+    model = network(method)
+    seen = []
+    watch = keras.callbacks.LambdaCallback(
+        on_epoch_end=lambda *_: seen.append(strength_of(governors(model)[0]))
+    )
+    with pytest.warns(UserWarning, match="was to lead to"):
+        train(model, ks.SparsityTarget(0.9), watch, epochs=2)
+    assert seen[-1] != 1
+    assert [strength_of(governor) for governor in governors(model)] == [1, 1]
 
 
 def test_halo_and_ltp_in_one_model_are_each_led_to_the_sparsity():
