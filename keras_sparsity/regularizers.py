@@ -116,7 +116,7 @@ class HALO(KernelPenalty):
     Args:
         xi: Float >= 0, the pull on the weights. A sum over weights, not a mean:
             useful values are small, 1e-7 to 1e-6. Defaults to 1e-7.
-        psi: Float >= 0, the pull on the scales, 1e-4 to 1e-3. More means that scales
+        psi: Float >= 0, the pull on the scales, 1e-4 to 4e-3. More means that scales
             settle sooner, and sparser. Defaults to 5e-4.
         scale_decay: Float >= 0, weight decay of the scales as a term of the penalty,
             which is what the published code trains with (1e-4). Defaults to 0.

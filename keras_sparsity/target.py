@@ -53,9 +53,9 @@ class SparsityTarget(keras.callbacks.Callback):
     begins; what they should have been is found on the way, without compiling again.
 
     In the last part of the training, `hold`, LTP has the sparsity: its thresholds are
-    trained on with the strength that they have, and at each look multiplied by the one
-    factor that brings them there. The weights that are left settle, as they do in the
-    end of gradual pruning.
+    trained on with the strength that they have, and at each look, the last of all too,
+    multiplied by the one factor that brings them there. The weights that are left
+    settle, as they do in the end of gradual pruning.
 
     Thresholds come down again slowly, and weights that were given up hardly come back:
     coefficients that are much too large for the sparsity cannot be made up for. Begin
@@ -73,8 +73,8 @@ class SparsityTarget(keras.callbacks.Callback):
         sparsity: Float in (0, 1): the part of the weights that the methods govern
             that shall be zero at the end of training.
         hold: Float in [0, 1): the part of the training, at its end, in which LTP has
-            the sparsity. 0 serves better where fine-tuning follows: LTP ends near the
-            sparsity then. Defaults to 0.35.
+            the sparsity. 0 serves better where fine-tuning follows: LTP is brought to
+            it at the last look alone then. Defaults to 0.35.
 
     Attributes:
         reached: Float, the part of them that was gone when training ended; `None`
@@ -198,9 +198,8 @@ class SparsityTarget(keras.callbacks.Callback):
         for (steering, steered), distance, last in zip(
             self._methods.items(), distances, last_distances, strict=True
         ):
-            hold = self.hold if steering.place else 0
-            led = (1 - hold) * self._epochs
-            if hold and epochs >= led and self._place(steering, steered):
+            led = (1 - self.hold if steering.place else 1) * self._epochs
+            if steering.place and epochs >= led and self._place(steering, steered):
                 continue
             looks = steering.looks_left(epochs / led, led * looks_per_epoch)
             for governor in steered:
