@@ -127,6 +127,8 @@ def test_a_data_set_that_is_not_there_is_refused_with_what_is(tmp_path):
         data.load("mnist", tmp_path)
     with pytest.raises(ValueError, match="No data set is called `nothing`.*cifar10"):
         data.load("nothing", tmp_path)
+    with pytest.raises(ValueError, match="`mnist:99.0.0` is not there"):
+        data.load("mnist:99.0.0", tmp_path)
 
 
 @pytest.mark.parametrize("channels", [(), (3,)])
