@@ -14,6 +14,7 @@ import keras
 import numpy as np
 
 import keras_sparsity as ks
+from keras_sparsity.selection import walk
 
 LOSS = keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
@@ -124,7 +125,8 @@ class GlobalMagnitude(keras.callbacks.Callback):
     def prune(self, sparsity):
         pairs = [
             (abs(keras.ops.convert_to_numpy(variable)), mask)
-            for layer in masked_layers(self.model)
+            for layer in walk(self.model)
+            if hasattr(layer, "masks")
             for variable, mask in zip(layer.gated, layer.masks, strict=True)
         ]
         magnitudes = np.concatenate([magnitude.ravel() for magnitude, _ in pairs])
@@ -132,15 +134,6 @@ class GlobalMagnitude(keras.callbacks.Callback):
         cut = np.partition(magnitudes, zeros)[zeros]
         for magnitude, mask in pairs:
             mask.assign(magnitude >= cut)
-
-
-def masked_layers(model):
-    """The `KeepZeros` layers of a model, and of the models in it."""
-    for layer in model.layers:
-        if hasattr(layer, "masks"):
-            yield layer
-        elif hasattr(layer, "layers"):
-            yield from masked_layers(layer)
 
 
 # The settings are those that LeNet-300-100 on Fashion-MNIST has to choose from: another
