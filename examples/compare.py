@@ -13,6 +13,7 @@ import dataclasses
 import functools
 import itertools
 import json
+import math
 import multiprocessing
 import os
 import pathlib
@@ -118,7 +119,7 @@ def are_settings(one):
         isinstance(one, dict)
         and all(isinstance(value, (int, float)) for value in one.values())
         and parts([one.get("pretrain", 0), one.get("falls_from", 0)])
-        and one.get("multiplier", 1) > 0
+        and 0 < one.get("multiplier", 1) < math.inf
     )
 
 
@@ -144,7 +145,7 @@ flags.register_validator(
 
 def main(argv):
     del argv
-    asked = list(jobs())
+    asked = list({curves.key(job): job for job in jobs()}.values())
     for job in asked:
         check_epochs(job)
     results = pathlib.Path(FLAGS.results)
@@ -201,7 +202,10 @@ def check(todo):
             methods.METHODS[job["method"]], job["settings"]
         )
         try:
-            ks.sparsify(small, method.governs(0.5, 1, **arguments) or ks.KeepZeros)
+            for target in job["sparsities"]:
+                governs = method.governs(target, 1, **arguments)
+                ks.sparsify(small, governs or ks.KeepZeros)
+                method.callbacks(target, 1, job["finetune"])
         except (TypeError, ValueError) as error:
             raise ValueError(f"{named(job)}: {error}") from error
 
@@ -240,15 +244,16 @@ def check_epochs(job):
 
 def end_last_line(path):
     """A line that a stop has cut must not swallow the next one."""
-    text = path.read_bytes() if path.exists() else b""
-    if text and not text.endswith(b"\n"):
-        with path.open("a") as file:
+    with path.open("a") as file:  # before hours of training, not after
+        text = path.read_bytes()
+        if text and not text.endswith(b"\n"):
             file.write("\n")
 
 
 def jobs():
     """All the trainings asked for, the first seed's first."""
-    conditions = {
+    conditions = {"backend": keras.backend.backend()}
+    conditions |= {
         name: FLAGS[name].value
         for name in ("model", "dataset", "validation_split", "epochs", "batch_size")
         + ("learning_rate", "momentum", "weight_decay", "recalibrate")

@@ -1,6 +1,7 @@
 """What `compare.py` recorded: a table of it, and pictures.
 
 python curves.py --results=runs/compare.jsonl --plot=runs/compare.png
+python curves.py --results=runs/compare.jsonl --against=gradual_global
 """
 
 import collections
@@ -13,11 +14,12 @@ from absl import app, flags
 FLAGS = flags.FLAGS
 # To be raised where lines change, or what trains under the name of a method.
 FORMAT = 1
-_NEEDED = {"format", "method", "settings", "finetune", "seed", "curve"}
+_NEEDED = {"method": str, "settings": dict, "finetune": float, "seed": int}
+_MEASURED = ("target", "sparsity", "validation", "test")
 
 # What a training came to, and where; the rest of a line is what was asked for.
-_OUTCOME = {"format", "curve", "seconds", "backend", "versions", "hardware", "command"}
-_OUTCOME |= {"time", "commit"}
+_OUTCOME = {"format", "curve", "seconds", "versions", "hardware", "command", "time"}
+_OUTCOME |= {"commit"}
 # What a comparison compares; the rest of what was asked for is the same in all of it.
 _COMPARED = {"method", "settings", "finetune", "seed", "sparsities", "recalibrate"}
 
@@ -37,16 +39,35 @@ def read(path):
         except json.JSONDecodeError:
             print(f"{path}, line {number} is cut or no JSON: it is left out.")
             continue
-        if not isinstance(line, dict) or not _NEEDED <= line.keys():
+        if not isinstance(line, dict) or "format" not in line:
             print(f"{path}, line {number} is not of compare.py: it is left out.")
         elif line["format"] != FORMAT:
             print(
-                f"{path}, line {number} has format {line['format']}, not {FORMAT}: it "
-                "is left out."
+                f"{path}, line {number} has format {line['format']!r}, not {FORMAT}: "
+                "it is left out."
             )
+        elif not is_whole(line):
+            print(f"{path}, line {number} is not as compare.py writes it: left out.")
         else:
             lines.append(line)
     return lines
+
+
+def is_whole(line):
+    """Whether a line has all that is read of it here."""
+    curve = line.get("curve")
+    return all(isinstance(line.get(name), kind) for name, kind in _NEEDED.items()) and (
+        isinstance(curve, list)
+        and curve != []
+        and all(isinstance(point, dict) and is_measured(point) for point in curve)
+    )
+
+
+def is_measured(point):
+    shares = [point.get(name) for name in _MEASURED]
+    return isinstance(point.get("layers"), dict) and all(
+        isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares
+    )
 
 
 def key(line):
@@ -79,7 +100,8 @@ def chosen(lines):
         for point in line["curve"]:
             settings = json.dumps(line["settings"], sort_keys=True)
             group = points[line["method"], line["finetune"], point["target"], settings]
-            group[line["seed"]] = {**point, "settings": line["settings"]}
+            own = {name: line[name] for name in ("settings", "seed")}
+            group[line["seed"]] = {**point, **own}
     best: dict = collections.defaultdict(dict)
     for (method, finetune, target, _), seeds in points.items():
         group = list(seeds.values())
@@ -87,6 +109,23 @@ def chosen(lines):
         if held is None or rank(group) > rank(held):
             best[method, finetune][target] = group
     return best
+
+
+def differences(best, other):
+    """What each method of `chosen` has more than the method `other`, seed by seed."""
+    apart: dict = collections.defaultdict(dict)
+    for (method, finetune), curve in best.items():
+        for target, points in curve.items():
+            known = best.get((other, finetune), {}).get(target, [])
+            tests = {point["seed"]: point["test"] for point in known}
+            pairs = [
+                {**point, "test": point["test"] - tests[point["seed"]]}
+                for point in points
+                if point["seed"] in tests
+            ]
+            if pairs and method != other:
+                apart[method, finetune][target] = pairs
+    return apart
 
 
 def recalibrated(lines):
@@ -110,21 +149,27 @@ def spread(points, name="test"):
     return statistics.stdev(p[name] for p in points) if len(points) > 1 else 0.0
 
 
-def table(lines):
-    """Test accuracy in %, mean and standard deviation over the seeds, as Markdown."""
+def table(lines, against=None):
+    """Test accuracy in %, mean and standard deviation over the seeds, as Markdown.
+
+    With the name of a method in `against`, how much more than it every other one has.
+    """
     best = chosen([*lines, *recalibrated(lines)])
+    sign = "+" if against else ""
+    if against:
+        best = differences(best, against)
     targets = sorted({target for curve in best.values() for target in curve})
     rows = [["method", "fine-tuning", *(f"{target:.1%}" for target in targets)]]
     rows.append(["---"] * len(rows[0]))
     for (method, finetune), curve in sorted(best.items()):
         rows.append([method, f"{finetune:.0%}"])
-        rows[-1] += [cell(curve[t], t) if t in curve else "" for t in targets]
+        rows[-1] += [cell(curve[t], t, sign) if t in curve else "" for t in targets]
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
-def cell(points, target):
+def cell(points, target, sign=""):
     """The accuracy, and the sparsity where it is another than was asked for."""
-    accuracy = f"{100 * mean(points):.2f}"
+    accuracy = f"{100 * mean(points):{sign}.2f}"
     if len(points) > 1:
         accuracy += f" ± {100 * spread(points):.2f}"
     sparsity = mean(points, "sparsity")
@@ -143,10 +188,15 @@ def plot(lines, path):
     targets = sorted({target for _, curve in best for target in curve} - {0.0})
     bound = max(mean(points) for _, curve in best for points in curve.values())
     floor = bound - 0.8 * (1 - bound)  # below it has collapsed
+    seeds = {name: len(next(iter(curve.values()))) for (name, _), curve in best}
+    labels = {
+        name: name if count == max(seeds.values()) else f"{name}, seeds: {count}"
+        for name, count in seeds.items()
+    }
     for axes, tuned in zip(accuracy, kinds, strict=True):
         for (name, finetune), curve in best:
             if finetune == tuned:
-                draw(axes, curve, label=name, color=_COLORS.get(name, "black"))
+                draw(axes, curve, label=labels[name], color=_COLORS.get(name, "black"))
         axes.set(
             xscale="log",
             xlabel="zeros, %",
@@ -161,10 +211,10 @@ def plot(lines, path):
         axes.invert_xaxis()
 
     # At the target in the middle, where methods differ in what they spare.
+    target = targets[len(targets) // 2] if targets else 0.0
     for (name, finetune), curve in best:
-        if finetune != kinds[0] or {*curve} == {0.0}:
+        if finetune != kinds[0] or target not in curve:
             continue
-        target = sorted(curve)[len(curve) // 2]
         sparsities = [list(point["layers"].values()) for point in curve[target]]
         left = [
             100 - 100 * statistics.mean(seeds)
@@ -214,8 +264,14 @@ def main(argv):
             f"--plot draws one comparison. {FLAGS.results} has {len(groups)}: give the "
             "lines of one in a file of their own."
         )
+    known = {line["method"] for line in lines}
+    if FLAGS.against and FLAGS.against not in known:
+        raise app.UsageError(
+            f"--against must be a method that {FLAGS.results} has: "
+            f"{', '.join(sorted(known))}. Received: {FLAGS.against}"
+        )
     for same, group in groups.items():
-        print(f"{same}\n{table(group)}")
+        print(f"{same}\n{table(group, FLAGS.against)}")
     if FLAGS.plot:
         plot(lines, FLAGS.plot)
 
@@ -223,4 +279,7 @@ def main(argv):
 if __name__ == "__main__":
     flags.DEFINE_string("results", "runs/compare.jsonl", "Lines of compare.py.")
     flags.DEFINE_string("plot", None, "Picture to draw, such as curves.png.")
+    flags.DEFINE_string(
+        "against", None, "Print what each method has more than this one, seed by seed."
+    )
     app.run(main)

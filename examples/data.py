@@ -116,11 +116,17 @@ def load(
             choice, `~/tensorflow_datasets`.
         download: Whether tensorflow-datasets may download what is not there.
         image_size: Height and width to resize the images of tensorflow-datasets
-            to. Defaults to the size that they have.
+            to; the others have the size that they have. Defaults to `None`.
         validation: Fraction of the training images to hold out, in (0, 1).
         seed: Which images are held out.
         count: How many of the other images to train with, at most. Defaults to all.
     """
+    if image_size and (name == "digits" or name.endswith(".npz")):
+        raise ValueError(
+            "`--image_size` is for data sets of tensorflow-datasets: the digits and "
+            "arrays have the size that they have. "
+            f"Received: --image_size={image_size} --dataset={name}"
+        )
     if name == "digits":
         train, test, classes = _digits()
     elif name.endswith(".npz"):
@@ -187,7 +193,18 @@ def _arrays(path):
         )
     x_train, y_train, x_test, y_test = (arrays[name] for name in needed)
     train, test = _scaled(path, x_train, y_train), _scaled(path, x_test, y_test)
-    return train, test, int(y_train.max()) + 1
+    if train[0].shape[1:] != test[0].shape[1:]:
+        raise ValueError(
+            f"`{path}` must have training and test images of one shape. "
+            f"Received: {train[0].shape[1:]} and {test[0].shape[1:]}"
+        )
+    classes = int(y_train.max()) + 1
+    if y_test.max() >= classes:
+        raise ValueError(
+            f"`{path}` must have a training image of every class. Received: labels to "
+            f"{y_train.max()} to train with, and to {y_test.max()} to test"
+        )
+    return train, test, classes
 
 
 def _scaled(path, images, labels):
@@ -198,6 +215,11 @@ def _scaled(path, images, labels):
             f"`{path}` must have images of shape (count, height, width[, channels]), "
             f"and a label for each. Received: images of shape {images.shape}, "
             f"{len(labels)} labels"
+        )
+    if labels.dtype.kind not in "iu" or labels.min() < 0:
+        raise ValueError(
+            f"`{path}` must have labels that are whole numbers from 0. "
+            f"Received: labels of {labels.dtype} from {labels.min()}"
         )
     if images.ndim == 3:
         images = images[..., None]

@@ -272,7 +272,8 @@ def curve(network, data, method, settings, sparsities, training):
     Returns:
         List of dicts, one for each of `sparsities`: the accuracies, those with batch
         statistics gathered anew if `training.recalibrate`, the sparsities of all and
-        of each layer, and what `SparsityTarget` reached where it led.
+        of each layer, and what `SparsityTarget` reached where it led, and shifted
+        LTP's thresholds from.
     """
     method, arguments = configured(method, settings)
     pretrain, epochs, finetune = phases(method, training.epochs, training.finetune)
@@ -322,7 +323,8 @@ def led_to(callbacks):
     """Where training ended that was led to a sparsity, before any prune."""
     for callback in callbacks:
         if isinstance(callback, ks.SparsityTarget):
-            return {"reached": callback.reached}
+            names = ("reached", "shifted_from")
+            return {name: getattr(callback, name) for name in names}
     return {}
 
 

@@ -39,8 +39,10 @@ def recalibrate(model, dataset, batch_size=32):
         `model`.
 
     Raises:
-        ValueError: If `batch_size` is no such integer, or `dataset` is empty. The
-            statistics are then as before, as they are if a batch fails.
+        ValueError: If `batch_size` is no such integer, or `dataset` is empty or not
+            what the model takes: labels among arrays, or a list of batches, which are
+            several inputs to Keras. The statistics are then as before, as they are if
+            a batch fails.
 
     Example:
 
@@ -65,7 +67,7 @@ def recalibrate(model, dataset, batch_size=32):
     empty = True
     try:
         with _gathering(layers):
-            for x in _batches(dataset, batch_size):
+            for x in _batches(model, dataset, batch_size):
                 model(x, training=False)
                 empty = False
     except BaseException:
@@ -110,9 +112,10 @@ def _call_that_gathers(layer):
     return call
 
 
-def _batches(dataset, batch_size):
+def _batches(model, dataset, batch_size):
     leaves = tree.flatten(dataset)
-    if all(hasattr(leaf, "shape") for leaf in leaves):
+    if leaves and all(hasattr(leaf, "shape") for leaf in leaves):
+        _check_arrays(model, leaves)
         for start in range(0, len(leaves[0]), batch_size):
             yield tree.map_structure(
                 lambda array, start=start: array[start : start + batch_size], dataset
@@ -120,6 +123,28 @@ def _batches(dataset, batch_size):
     elif isinstance(dataset, keras.utils.PyDataset):
         for index in range(len(dataset)):
             yield keras.utils.unpack_x_y_sample_weight(dataset[index])[0]
-    else:
+    elif hasattr(dataset, "__iter__"):
         for batch in dataset:
             yield keras.utils.unpack_x_y_sample_weight(batch)[0]
+    else:
+        raise ValueError(
+            "Argument `dataset` must be arrays or an iterable of batches. "
+            f"Received: dataset={dataset!r}"
+        )
+
+
+def _check_arrays(model, arrays):
+    """What is too much would not be missed: Keras takes the inputs that it needs."""
+    shapes = [tuple(array.shape) for array in arrays]
+    if () in shapes or len({shape[0] for shape in shapes}) > 1:
+        raise ValueError(
+            "Argument `dataset` must have arrays of equal length. "
+            f"Received: arrays of shapes {shapes}"
+        )
+    inputs = len(getattr(model, "inputs", None) or arrays)  # a subclass names none
+    if len(arrays) != inputs:
+        raise ValueError(
+            f"Argument `dataset` must have an array for each of the {inputs} inputs "
+            f"of '{model.name}', and none of labels. Batches come as an iterator or a "
+            f"data set, not as a list. Received: arrays of shapes {shapes}"
+        )

@@ -67,7 +67,8 @@ class SparsityTarget(keras.callbacks.Callback):
     several times what would do without.
     A warning tells where training comes to `hold`, or ends, off the target by more than
     0.02, or by more than a quarter of the weights that were to be left, as one does
-    that another callback stops early. When training has ended, strengths are 1 again.
+    that another callback stops early. When training has ended, strengths are 1 again;
+    one that is interrupted, or fails, leaves them as they are, for one that goes on.
 
     Args:
         sparsity: Float in (0, 1): the part of the weights that the methods govern
@@ -79,6 +80,8 @@ class SparsityTarget(keras.callbacks.Callback):
     Attributes:
         reached: Float, the part of them that was gone when training ended; `None`
             before.
+        shifted_from: Float, the part of them that LTP had come to when its thresholds
+            were brought to the sparsity at once; `None` before, and without LTP.
 
     Raises:
         ValueError: If an argument is out of its range; at the start of training, if
@@ -105,7 +108,7 @@ class SparsityTarget(keras.callbacks.Callback):
                 f"Received: sparsity={sparsity!r}"
             )
         self.hold = check_fraction("hold", hold)
-        self.reached = None
+        self.reached = self.shifted_from = None
 
     def on_train_begin(self, logs=None):
         _ = self.model.losses  # where scales are made late
@@ -122,7 +125,7 @@ class SparsityTarget(keras.callbacks.Callback):
         self._methods: dict[Steering, list] = {}
         for governor in self._governors:
             self._methods.setdefault(governor.steering, []).append(governor)
-        self.reached = None
+        self.reached = self.shifted_from = None
         self._epochs = max(1, self.params["epochs"])
         self._per_epoch = max(_LOOKS_PER_EPOCH, math.ceil(_LOOKS / self._epochs))
         if self.params["steps"]:  # of generators it is not known
@@ -215,5 +218,6 @@ class SparsityTarget(keras.callbacks.Callback):
         led_to = 1 - math.exp(log_left(steered))
         self._holds = steering.place(steered, self.sparsity)
         if self._holds:
+            self.shifted_from = led_to
             self._warn_if_missed(led_to, "thresholds are shifted at once from")
         return self._holds

@@ -126,6 +126,7 @@ def test_ltp_is_steered():
     (point,) = methods.curve(network, DATA, method, {"l0": 1e-4}, [0.3], TRAINING)
     assert abs(point["sparsity"] - 0.3) < 0.02
     assert point["reached"] == pytest.approx(point["sparsity"])
+    assert 0 <= point["shifted_from"] <= 1
 
 
 def test_halo_is_steered_and_then_pruned():
@@ -279,20 +280,63 @@ def test_table_and_plot(tmp_path):
         assert (tmp_path / "curves.png").stat().st_size > 10_000
 
 
+def test_differences_are_taken_seed_by_seed():
+    tests = {
+        "halo": {0: 0.9, 1: 0.8, 2: 0.7},
+        "magnitude": {1: 0.75, 0: 0.88, 3: 0.1},
+        "ltp": {3: 0.2},
+    }
+    lines = [
+        line(method, seed, p={"validation": 0.8, "test": test})
+        for method, seeds in tests.items()
+        for seed, test in seeds.items()
+    ]
+    # 2 and 5 points; of seed 2 there is one of them, and of fine-tuning none.
+    lines.append({**lines[0], "finetune": 0.2})
+    expected = [["halo", "0%", "+3.50 ± 2.12"], ["ltp", "0%", "+10.00"]]
+    rows = curves.table(lines, against="magnitude").splitlines()[2:]
+    assert rows == [f"| {' | '.join(row)} |" for row in expected]
+
+
 def test_what_is_whole_is_read(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
     whole = line(p={"validation": 0.8, "test": 0.8})
-    other = {**whole, "format": 99}
-    foreign = ["null", "[1]", '{"format": 1, "curve": [{}]}']
+    other = {**whole, "format": "1"}
+    foreign = ["null", "[1]", '{"curve": [{}]}']
     texts = [json.dumps(whole), json.dumps(other), *foreign, json.dumps(whole)[:9]]
     path.write_bytes("\n".join(texts).encode() + b"\n\xff\n" + texts[0].encode())
     assert curves.read(path) == [whole, whole]
     assert curves.read(tmp_path) == []
     said = capsys.readouterr().out
-    assert "line 2 has format 99, not 1" in said
+    assert "line 2 has format '1', not 1" in said
     for number in (3, 4, 5):
         assert f"line {number} is not of compare.py" in said
     assert "line 6 is cut" in said and "line 7 is cut" in said
+
+
+@pytest.mark.parametrize(
+    "broken",
+    [
+        {"curve": None},
+        {"curve": []},
+        {"curve": [{}]},
+        {"seed": [0]},
+        {"settings": None},
+        *({"curve": [{name: None}]} for name in ("target", "sparsity", "layers")),
+        *({"curve": [{"test": test}]} for test in (float("nan"), 1.1, "0.9")),
+    ],
+    ids=str,
+)
+def test_a_line_that_lacks_something_is_left_out(tmp_path, capsys, broken):
+    whole = line(p={"validation": 0.8, "test": 0.8})
+    (point,) = whole["curve"]
+    curve = broken.get("curve")
+    if curve and curve != [{}]:
+        broken = {"curve": [{**point, **curve[0]}]}
+    path = tmp_path / "results.jsonl"
+    path.write_text(f"{json.dumps({**whole, **broken})}\n{json.dumps(whole)}\n")
+    assert curves.read(path) == [whole]
+    assert "line 1 is not as compare.py writes it" in capsys.readouterr().out
 
 
 # In a process of its own: train.py defines flags of the same names.
@@ -328,6 +372,7 @@ def test_flags_that_are_out_of_range():
         '--settings={"ltp": [{"pretrain": 1}]}': "`falls_from` in [0, 1)",
         '--settings={"ltp": [{"falls_from": 1}]}': "`falls_from` in [0, 1)",
         '--settings={"ltp": [{"multiplier": 0}]}': "`multiplier` > 0",
+        '--settings={"ltp": [{"multiplier": 1e999}]}': "`multiplier` > 0",
         "--precision=half": "mixed_bfloat16",
         "--model=nothing": "lenet_300_100",
     }
@@ -398,10 +443,14 @@ def test_a_training_that_fails_leaves_the_others(tmp_path):
         ('--settings={"l1": [{"l1": -1}]}', "l1 {'l1': -1} finetune=0 seed=0: .*l1=-1"),
         ("--model=alexnet", r"--model=alexnet, images of \(8, 8, 1\): .*"),
         ("--validation_split=0.0001", ".*some to choose by"),
+        ("--image_size=32", "`--image_size` is for data sets of tensorflow-datasets"),
+        ("--methods=ltp", r"ltp {.*} finetune=0 seed=0: .*`sparsity` must be"),
+        ("--results=/proc/none/r.jsonl", ".*/proc/none"),
     ],
 )
 def test_what_no_training_can_do_is_refused_before_the_first(tmp_path, wrong, why):
-    code, said = compare(tmp_path / "r.jsonl", "--methods=l1", "--finetune=0", wrong)
+    flags = ["--methods=l1", "--finetune=0", "--sparsities=0,0.5"]
+    code, said = compare(tmp_path / "r.jsonl", *flags, wrong)
     assert code == 1 and re.search(f"^{why}", said, re.MULTILINE)
     assert not (tmp_path / "r.jsonl").exists()
 
@@ -410,7 +459,7 @@ def test_what_no_training_can_do_is_refused_before_the_first(tmp_path, wrong, wh
 def test_it_goes_on_where_it_was_stopped(tmp_path):
     command = [
         *(sys.executable, EXAMPLES / "compare.py", "--methods=magnitude,gradual"),
-        *("--epochs=2", "--finetune=0", "--sparsities=0.5", "--batch_size=64"),
+        *("--epochs=2", "--finetune=0,0.0", "--sparsities=0.5", "--batch_size=64"),
         *(f"--results={tmp_path / 'r.jsonl'}", "--jobs=1"),
     ]
     (tmp_path / "r.jsonl").touch()

@@ -178,6 +178,29 @@ def test_arrays_that_are_no_images_with_labels_are_refused(tmp_path, shape, labe
         data.load(str(tmp_path / "mine.npz"))
 
 
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ({"y_train": np.arange(40) - 1}, "whole numbers from 0. .*int64 from -1"),
+        ({"y_train": np.arange(40.0)}, "whole numbers from 0. .*float64 from 0.0"),
+        ({"y_test": np.arange(1, 41)}, "image of every class. .*to 39 .*to 40 to test"),
+        ({"x_test": np.ones((40, 6, 8))}, r"of one shape. .*\(8, 6, 1\) and \(6, 8, 1"),
+    ],
+    ids=["negative", "floats", "classes", "shapes"],
+)
+def test_arrays_that_do_not_fit_each_other_are_refused(tmp_path, wrong, why):
+    arrays = {f"x_{part}": np.ones((40, 8, 6)) for part in ("train", "test")}
+    arrays |= {f"y_{part}": np.arange(40) for part in ("train", "test")}
+    np.savez(tmp_path / "mine.npz", **arrays | wrong)
+    with pytest.raises(ValueError, match=why):
+        data.load(str(tmp_path / "mine.npz"))
+
+
+def test_only_data_sets_of_tensorflow_datasets_are_resized():
+    with pytest.raises(ValueError, match="--image_size=32 --dataset=digits"):
+        data.load("digits", image_size=32)
+
+
 @pytest.mark.parametrize("validation", [1e-4, 0.9999])
 def test_some_images_to_train_with_and_some_to_choose_by(validation):
     with pytest.raises(ValueError, match="some to choose by. Received: 1438 images"):

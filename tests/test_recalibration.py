@@ -158,6 +158,28 @@ def test_batch_size_is_refused_by_name(batch_size):
         ks.recalibrate(network(), X, batch_size)
 
 
+@pytest.mark.parametrize(
+    "dataset, why",
+    [
+        ([X[:20], X[20:40]], "an array for each of the 1 inputs"),
+        ((X, np.zeros(60)), "none of labels"),
+        ((X, np.zeros(7)), "arrays of equal length"),
+        ([(X, np.zeros(60)), (X, np.zeros(60))], "not as a list"),
+        ([], "at least one batch"),
+        (None, "arrays or an iterable of batches"),
+        (np.float32(1.0), "arrays of equal length"),
+    ],
+    ids=["batches", "labels", "lengths", "pairs", "empty", "none", "scalar"],
+)
+def test_what_the_model_does_not_take_is_refused(dataset, why):
+    model = network()
+    before = statistics(model)
+    with pytest.raises(ValueError, match=why):
+        ks.recalibrate(model, dataset)
+    for a, b in zip(statistics(model), before, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_nothing_is_half_done():
     model = network()
     before = statistics(model)
