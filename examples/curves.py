@@ -112,11 +112,15 @@ def chosen(lines):
 
 
 def differences(best, other):
-    """What each method of `chosen` has more than the method `other`, seed by seed."""
+    """What each method of `chosen` has more than the method `other`, seed by seed.
+
+    At the same target, or than the one network that `other` has without zeros.
+    """
     apart: dict = collections.defaultdict(dict)
     for (method, finetune), curve in best.items():
         for target, points in curve.items():
-            known = best.get((other, finetune), {}).get(target, [])
+            known = best.get((other, finetune), {})
+            known = known.get(target, known.get(0.0, []))
             tests = {point["seed"]: point["test"] for point in known}
             pairs = [
                 {**point, "test": point["test"] - tests[point["seed"]]}

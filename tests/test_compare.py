@@ -297,6 +297,10 @@ def test_differences_are_taken_seed_by_seed():
     rows = curves.table(lines, against="magnitude").splitlines()[2:]
     assert rows == [f"| {' | '.join(row)} |" for row in expected]
 
+    dense = line("dense", p={"validation": 0.9, "test": 0.92, "target": 0.0})
+    rows = curves.table([*lines[:3], dense], against="dense").splitlines()[2:]
+    assert rows == ["| halo | 0% | -2.00 |"]
+
 
 def test_what_is_whole_is_read(tmp_path, capsys):
     path = tmp_path / "results.jsonl"
