@@ -29,11 +29,15 @@ import keras
 import methods
 import models
 import provenance
+import shared_flags
 from absl import app, flags, logging
 
 import keras_sparsity as ks
 
 FLAGS = flags.FLAGS
+flags.adopt_module_key_flags(shared_flags)
+FLAGS.set_default("model", "lenet_300_100")
+FLAGS.set_default("weight_decay", 5e-3)
 
 flags.DEFINE_list("methods", list(methods.METHODS), "What to compare.")
 flags.DEFINE_string(
@@ -47,15 +51,6 @@ flags.DEFINE_string(
 )
 flags.DEFINE_list("sparsities", ["0.9", "0.95", "0.98", "0.99"], "In [0, 1).")
 flags.DEFINE_integer("seeds", 3, "Trainings of each kind.", lower_bound=1)
-flags.DEFINE_string("model", "lenet_300_100", "The network, as for train.py.")
-flags.DEFINE_string("dataset", "digits", "As for train.py.")
-flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps its data.")
-flags.DEFINE_bool("download", False, "Let tensorflow-datasets download the data set.")
-flags.DEFINE_integer(
-    "image_size", None, "Height and width to resize images to.", lower_bound=1
-)
-flags.DEFINE_float("validation_split", 0.1, "Part held out, in (0, 1).")
-flags.DEFINE_integer("images", None, "Train with so many only.", lower_bound=1)
 flags.DEFINE_integer("epochs", 20, "Epochs of every method in all.", lower_bound=2)
 flags.DEFINE_list(
     "finetune",
@@ -70,14 +65,6 @@ flags.DEFINE_bool(
 )
 flags.DEFINE_integer("batch_size", 100, "Images per step.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 0.1, "At the start of each phase.", lower_bound=0)
-flags.DEFINE_float("momentum", 0.9, "Of SGD.", lower_bound=0, upper_bound=1)
-flags.DEFINE_float("weight_decay", 5e-3, "Of the weights.", lower_bound=0)
-flags.DEFINE_enum(
-    "precision",
-    "float32",
-    ["float32", "mixed_bfloat16", "mixed_float16"],
-    "Keras dtype policy.",
-)
 flags.DEFINE_string(
     "results",
     "runs/compare.jsonl",
@@ -128,12 +115,8 @@ flags.register_validator(
     lambda names: names and {*names} <= {*methods.METHODS},
     f"must be of {', '.join(methods.METHODS)}.",
 )
-flags.register_validator("model", models.is_known, models.EXPECTED)
 for name in ("sparsities", "finetune"):
     flags.register_validator(name, parts, "must be numbers in [0, 1).")
-flags.register_validator(
-    "validation_split", lambda part: 0 < part < 1, "must be in (0, 1)."
-)
 flags.register_validator(
     "settings",
     lists_by_method,

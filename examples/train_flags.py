@@ -5,12 +5,13 @@ import re
 import sys
 
 import devices
-import models
 import recipes
+import shared_flags
 from absl import app, flags
 
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(devices)
+for module in (shared_flags, devices):
+    flags.adopt_module_key_flags(module)
 
 flags.DEFINE_enum(
     "method",
@@ -23,12 +24,6 @@ flags.DEFINE_enum(
     None,
     list(recipes.RECIPES),
     "A published experiment: its settings are the defaults of the other flags.",
-)
-flags.DEFINE_string(
-    "model",
-    "small_cnn",
-    f"Network to train: {', '.join(models.NETWORKS)}, or keras_cv/ and a preset of "
-    "keras-cv.",
 )
 flags.DEFINE_string(
     "weights",
@@ -69,17 +64,6 @@ flags.DEFINE_bool(
     "result are refused.",
 )
 
-flags.DEFINE_string(
-    "dataset",
-    "digits",
-    "digits, an image classification data set of tensorflow-datasets, or the path of "
-    "an .npz file with x_train, y_train, x_test and y_test.",
-)
-flags.DEFINE_string("data_dir", None, "Where tensorflow-datasets keeps its data.")
-flags.DEFINE_bool("download", False, "Let tensorflow-datasets download the data set.")
-flags.DEFINE_integer(
-    "image_size", None, "Height and width to resize images to.", lower_bound=1
-)
 flags.DEFINE_enum(
     "augment",
     "none",
@@ -87,13 +71,6 @@ flags.DEFINE_enum(
     "What is done to training images: the standard of CIFAR, or that of ImageNet, "
     "whose images are read from disk while the model trains.",
 )
-flags.DEFINE_float(
-    "validation_split", 0.1, "Part of the training images held out, in (0, 1)."
-)
-flags.DEFINE_integer(
-    "images", None, "Train with so many images of the others at most.", lower_bound=1
-)
-
 flags.DEFINE_integer("epochs", 30, "Epochs with the method.", lower_bound=1)
 flags.DEFINE_integer(
     "pretrain_epochs",
@@ -126,17 +103,7 @@ flags.DEFINE_list(
     ["0.5", "0.75"],
     "Where in each phase steps divides the learning rate by 10, as parts of it.",
 )
-flags.DEFINE_float(
-    "momentum", 0.9, "Momentum of sgd, everywhere.", lower_bound=0, upper_bound=1
-)
-flags.DEFINE_float("weight_decay", 0, "Weight decay of the weights.", lower_bound=0)
 flags.DEFINE_integer("seed", 0, "Seed of everything that is random.")
-flags.DEFINE_enum(
-    "precision",
-    "float32",
-    ["float32", "mixed_bfloat16", "mixed_float16"],
-    "Keras dtype policy.",
-)
 flags.DEFINE_enum(
     "jit_compile", "auto", ["auto", "true", "false"], "Whether to compile with XLA."
 )
@@ -172,10 +139,6 @@ for name in ("curve", "drops"):
         lambda values: all(re.fullmatch(r"0?\.\d+|0", value) for value in values),
         "must be numbers in [0, 1), such as 0.9",
     )
-flags.register_validator("model", models.is_known, models.EXPECTED)
-flags.register_validator(
-    "validation_split", lambda value: 0 < value < 1, "must be in (0, 1)"
-)
 for name in ("temperature", "multiplier"):
     flags.register_validator(name, lambda value: value > 0, "must be > 0")
 
