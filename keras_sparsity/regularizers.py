@@ -115,7 +115,7 @@ class HALO(KernelPenalty):
 
     Args:
         xi: Float >= 0, the pull on the weights. A sum over weights, not a mean:
-            useful values are small, 1e-7 to 1e-6. Defaults to 1e-7.
+            useful values are small, 1e-7 to 1e-6. Defaults to 3e-7.
         psi: Float >= 0, the pull on the scales, 1e-4 to 4e-3. More means that scales
             settle sooner, and sparser. Defaults to 5e-4.
         scale_decay: Float >= 0, weight decay of the scales as a term of the penalty,
@@ -163,7 +163,7 @@ class HALO(KernelPenalty):
 
     def __init__(
         self,
-        xi=1e-7,
+        xi=3e-7,
         psi=5e-4,
         scale_decay=0.0,
         scale_floor=1e-2,
