@@ -25,6 +25,7 @@ _COMPARED = {"method", "settings", "finetune", "seed", "sparsities", "recalibrat
 
 _NAMES = ("halo", "ltp", "gradual", "gradual_global", "magnitude", "l1", "sws", "mcp")
 _NAMES += ("halo_steered", "dense")
+_ANEW = ", recalibrated"
 _COLORS = {name: f"C{index}" for index, name in enumerate(_NAMES)}
 
 
@@ -138,7 +139,7 @@ def recalibrated(lines):
         curve = [
             {**p, **p["recalibrated"]} for p in line["curve"] if "recalibrated" in p
         ]
-        yield {**line, "method": f"{line['method']}, recalibrated", "curve": curve}
+        yield {**line, "method": f"{line['method']}{_ANEW}", "curve": curve}
 
 
 def rank(points):
@@ -186,6 +187,7 @@ def plot(lines, path):
     from matplotlib.figure import Figure
 
     best = sorted(chosen(lines).items())
+    anew = sorted(chosen(recalibrated(lines)).items())
     kinds = sorted({finetune for (_, finetune), _ in best})
     figure = Figure(figsize=(5 * len(kinds) + 5, 5), layout="constrained")
     *accuracy, layers = figure.subplots(1, len(kinds) + 1)
@@ -201,12 +203,17 @@ def plot(lines, path):
         for (name, finetune), curve in best:
             if finetune == tuned:
                 draw(axes, curve, label=labels[name], color=_COLORS.get(name, "black"))
+        for (name, finetune), curve in anew:
+            if finetune == tuned and {*curve} != {0.0}:
+                color = _COLORS.get(name.removesuffix(_ANEW), "black")
+                draw(axes, curve, color=color, linestyle="--", linewidth=0.8)
         axes.set(
             xscale="log",
             xlabel="zeros, %",
             ylabel="test accuracy, %",
             ylim=(100 * floor, 100 * bound + 5 * (bound - floor)),
-            title=f"fine-tuning: {tuned:.0%} of the epochs",
+            title=f"fine-tuning: {tuned:.0%} of the epochs"
+            + (", dashed: recalibrated" if anew else ""),
         )
         # The axis is that of the weights left, from right to left.
         axes.set_xticks([100 - 100 * target for target in targets])

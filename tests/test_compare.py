@@ -275,7 +275,7 @@ def test_table_and_plot(tmp_path):
     ]
     dense = line("dense", p={"validation": 0.9, "test": 0.9, "target": 0.0})
     tuned = [{**each, "finetune": 0.2} for each in lines]
-    for drawn in (lines, [dense], [dense, *lines, *tuned]):
+    for drawn in (lines, [dense], [anew], [dense, *lines, *tuned]):
         curves.plot(drawn, tmp_path / "curves.png")
         assert (tmp_path / "curves.png").stat().st_size > 10_000
 
