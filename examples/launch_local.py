@@ -56,6 +56,7 @@ def main(argv):
         for index in range(FLAGS.workers):
             environment = os.environ | {
                 "KERAS_BACKEND": "tensorflow",
+                "PYTHONUNBUFFERED": "1",  # a line is passed on when it is printed
                 "TF_CONFIG": worker_config(addresses, index),
             }
             worker = subprocess.Popen(
