@@ -1,4 +1,4 @@
-"""How a method answers when it is led to a sparsity, and the law that leads it."""
+"""How a method answers when it is steered, and the law that steers it."""
 
 import dataclasses
 import math

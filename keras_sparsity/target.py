@@ -1,4 +1,4 @@
-"""The callback that leads a training to the sparsity asked for."""
+"""The callback that steers a training to the sparsity asked for."""
 
 import math
 import warnings
@@ -26,26 +26,26 @@ class SparsityTarget(keras.callbacks.Callback):
     `strength` of every HALO and LTP in the model, the factor on its penalty:
 
     ```
-    needed   = distance / looks that remain
-    speed    = distance at the last look - distance
+    needed   = distance / checks that remain
+    speed    = distance at the last check - distance
     change   = (needed - speed) / (|needed| + |speed| + 0.01)
     strength = strength * (highest / lowest) ** (change / 15)   in lowest to highest
     ```
 
-    |                   | LTP                         | HALO                          |
-    |-------------------|-----------------------------|-------------------------------|
-    | distance          | log(weights left / wanted)  | scale / (2 * scale_floor) - 1 |
-    | strength          | 1e-3 to 1e6                 | 1e-3 to 10                    |
-    | looks that remain | to 80 % of what is before   | to 40 % of the training, or   |
-    |                   | `hold`, or at least a tenth | at least a twentieth of it    |
-    | needed, if < 0    | a quarter                   | the whole                     |
-    | change, if < 0    | one and a half times        | six times                     |
+    |                    | LTP                         | HALO                          |
+    |--------------------|-----------------------------|-------------------------------|
+    | distance           | log(weights left / wanted)  | scale / (2 * scale_floor) - 1 |
+    | strength           | 1e-3 to 1e6                 | 1e-3 to 10                    |
+    | checks that remain | to 80 % of what is before   | to 40 % of the training, or   |
+    |                    | `hold`, or at least a tenth | at least a twentieth of it    |
+    | needed, if < 0     | a quarter                   | the whole                     |
+    | change, if < 0     | one and a half times        | six times                     |
 
     where HALO's distance is that of the smallest scale that shall not fall: scales come
     down together, and what counts them would see nothing before most of them arrive.
     LTP's strength rises also as a schedule lowers the learning rate, and falls as one
     raises it, by as much: with SGD a threshold moves by the product of the two. A model
-    with both has each led to the sparsity.
+    with both has each steered to the sparsity.
 
     A weight counts as gone where LTP's hard gate is closed, and where HALO's scale has
     come to rest at its floor, which is where a `prune` to the same sparsity costs
@@ -53,7 +53,7 @@ class SparsityTarget(keras.callbacks.Callback):
     begins; what they should have been is found on the way, without compiling again.
 
     In the last part of the training, `hold`, LTP has the sparsity: its thresholds are
-    trained on with the strength that they have, and at each look, the last of all too,
+    trained on with the strength that they have, and at each check, the last of all too,
     multiplied by the one factor that brings them there. The weights that are left
     settle, as they do in the end of gradual pruning.
 
@@ -62,7 +62,7 @@ class SparsityTarget(keras.callbacks.Callback):
     low: LTP with a tenth of the `l0` that would do without. And both methods need a
     learning rate that still moves something when the target comes near: one that falls
     evenly, as along a cosine, serves better than one that falls in steps early on.
-    HALO wants some hundred looks, 20 epochs: it steers too coarsely in few steps. It
+    HALO wants some hundred checks, 20 epochs: it steers too coarsely in few steps. It
     must arrive early, at ten times its strength at most: begin with a `psi` that is
     several times what would do without.
     A warning tells where training comes to `hold`, or ends, off the target by more than
@@ -75,7 +75,7 @@ class SparsityTarget(keras.callbacks.Callback):
             that shall be zero at the end of training.
         hold: Float in [0, 1): the part of the training, at its end, in which LTP has
             the sparsity. 0 serves better where fine-tuning follows: LTP is brought to
-            it at the last look alone then. Defaults to 0.35.
+            it at the last check alone then. Defaults to 0.35.
 
     Attributes:
         reached: Float, the part of them that was gone when training ended; `None`
