@@ -66,7 +66,7 @@ def recalibrate(model, dataset, batch_size=32):
     before = [(variable, to_array(variable)) for variable in statistics]
     empty = True
     try:
-        with _gathering(layers):
+        with _gathering(layers), _without_gradients():
             for x in _batches(model, dataset, batch_size):
                 model(x, training=False)
                 empty = False
@@ -96,6 +96,15 @@ def _gathering(layers):
         for layer, momentum in zip(layers, momenta, strict=True):
             del layer.call
             layer.momentum = momentum
+
+
+def _without_gradients():
+    """No graph of a batch: torch would keep all until Python collects them."""
+    if keras.backend.backend() != "torch":
+        return contextlib.nullcontext()
+    import torch
+
+    return torch.no_grad()
 
 
 def _call_that_gathers(layer):

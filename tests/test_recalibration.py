@@ -123,6 +123,22 @@ def test_a_normalization_of_ones_own():
     np.testing.assert_allclose(statistics(model)[0], X.mean(0), rtol=1e-5)
 
 
+def test_no_graph_is_kept():
+    class Watched(layers.Layer):
+        def call(self, inputs):
+            self.in_graph = getattr(inputs, "requires_grad", False)
+            return inputs
+
+    stack = [layers.Dense(4), Watched(name="watched"), layers.BatchNormalization()]
+    model = keras.Sequential([keras.Input((5,)), *stack])
+    watched = model.get_layer("watched")
+    model(X)
+    # Nothing else records what no tape or transformation asks for.
+    assert watched.in_graph == (keras.backend.backend() == "torch")
+    ks.recalibrate(model, X)
+    assert not watched.in_graph
+
+
 def test_everything_else_stays():
     model = network()
     model.compile("sgd", "mse")
