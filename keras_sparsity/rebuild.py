@@ -5,6 +5,7 @@ import inspect
 import random
 import tempfile
 import warnings
+from inspect import isfunction
 
 import keras
 from keras import tree
@@ -23,11 +24,20 @@ from keras_sparsity.selection import (
 
 def clone(obj, **changes):
     """A new layer, operation or regularizer of the same config, but for `changes`."""
-    from_config = type(obj).from_config
-    # A Python lambda that is in memory is no code from somewhere else.
-    trusts = "safe_mode" in inspect.signature(from_config).parameters
-    config = {**obj.get_config(), **changes}
-    return from_config(config, **({"safe_mode": False} if trusts else {}))
+    from_config, config = type(obj).from_config, obj.get_config()
+    parts = walk(obj) if isinstance(obj, keras.Layer) else [obj]
+    functions = [f for part in parts for f in vars(part).values() if isfunction(f)]
+    own = {n: f for n, f in vars(obj).items() if n in config and isfunction(f)}
+    # `Lambda` reads code alone, and has then lost the globals that it refers to.
+    reads_code = "safe_mode" in inspect.signature(from_config).parameters
+    with keras.saving.custom_object_scope({f.__name__: f for f in functions}):
+        if not reads_code:
+            return from_config({**config, **own, **changes})
+        # What is in memory is no code from somewhere else.
+        new = from_config({**config, **changes}, safe_mode=False)
+    for name, function in own.items():
+        setattr(new, name, function)
+    return new
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def _penalize(layer, regularizer):
         arguments = _regularizer_arguments(layer)
         if arguments:
             copies = {name: clone(regularizer) for name in arguments}
-            return type(layer).from_config({**layer.get_config(), **copies})
+            return clone(layer, **copies)
     return Penalized(clone(layer), regularizer)
 
 
@@ -123,7 +123,7 @@ def _regularizer_arguments(layer):
     free = [k for k, v in config.items() if k.endswith("_regularizer") and v is None]
     if not free:
         return set()  # nor is a layer probed that cannot be built from its config
-    probe = type(layer).from_config({**config, **{k: _Tag(k) for k in free}})
+    probe = clone(layer, **{k: _Tag(k) for k in free})
     probe.build_from_config(layer.get_build_config())
     tags = [kernel.regularizer for kernel in prunable(probe)]
     arguments = {tag.argument for tag in tags if isinstance(tag, _Tag)}

@@ -40,6 +40,38 @@ def test_custom_classes_may_have_one_name(method):
     assert_equal(outputs(ks.finalize(sparse), x), outputs(sparse, x))
 
 
+FACTOR = 3.0
+
+
+def stretched(x):
+    return FACTOR * keras.ops.tanh(x)
+
+
+@pytest.mark.parametrize("method", [HALO, LTP])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: layers.Lambda(lambda x: FACTOR * keras.ops.tanh(x)),
+        lambda: layers.Lambda(stretched),
+        lambda: layers.Dense(5, activation=stretched),
+        lambda: layers.TimeDistributed(layers.Dense(5, activation=stretched)),
+        lambda: layers.LSTM(5, activation=stretched),
+    ],
+    ids=["lambda", "Lambda", "Dense", "TimeDistributed", "LSTM"],
+)
+def test_functions_need_not_be_registered(method, make):
+    model = keras.Sequential([keras.Input((3, 6)), layers.Dense(5), make()])
+    inputs = keras.Input((3, 6))
+    model = keras.Model(inputs, layers.Dense(2)(model(inputs)))
+    x = np.random.default_rng(0).normal(size=(7, 3, 6)).astype("float32")
+    sparse = ks.sparsify(model, method)
+    assert_equal(outputs(sparse, x), outputs(model, x))
+    kernels = [row for row in ks.report(sparse).rows if len(row.shape) >= 2]
+    assert all(row.method for row in kernels)
+    close_gates(sparse)
+    assert_equal(outputs(ks.finalize(sparse), x), outputs(sparse, x))
+
+
 def test_a_choice_of_weights_need_not_be_serializable():
     def named(variable, name):
         return variable.name == name
