@@ -4,8 +4,8 @@
 
 Appends a line of JSON to `--results` for every training: method, settings, seed, and
 the accuracy on validation and test images at each sparsity. What has a line already is
-not trained again, so the same command goes on where it was stopped. `curves.py` makes
-a table and pictures of the lines.
+not trained again, so the same command goes on where it was stopped. In the end it
+prints a table of the lines, and draws them to `--plot`; `curves.py` does so later.
 """
 
 import concurrent.futures
@@ -36,6 +36,7 @@ import keras_sparsity as ks
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(shared_flags)
+flags.adopt_module_key_flags(curves)
 FLAGS.set_default("model", "lenet_300_100")
 FLAGS.set_default("weight_decay", 5e-3)
 
@@ -128,6 +129,7 @@ flags.register_validator(
 
 def main(argv):
     del argv
+    shared_flags.check_finite(FLAGS.flag_values_dict())
     asked = list({curves.key(job): job for job in jobs()}.values())
     for job in asked:
         check_epochs(job)
@@ -138,6 +140,8 @@ def main(argv):
     print(f"{len(lines)} trainings recorded in {results}, {len(todo)} to do")
     try:
         check(todo)
+        if FLAGS.plot:
+            curves.check_picture(FLAGS.plot)
         results.parent.mkdir(parents=True, exist_ok=True)
         end_last_line(results)
     except (ImportError, ValueError, RuntimeError, OSError) as error:
@@ -156,6 +160,8 @@ def main(argv):
     for name, group in curves.comparisons(lines).items():
         if name in same:
             print(curves.table(group))
+            if FLAGS.plot:
+                curves.plot(group, FLAGS.plot)
     if failed:
         sys.exit("\n".join([f"{len(failed)} trainings failed:", *failed]))
 

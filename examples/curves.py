@@ -6,6 +6,7 @@ python curves.py --results=runs/compare.jsonl --against=gradual_global
 
 import collections
 import json
+import math
 import pathlib
 import statistics
 
@@ -14,8 +15,9 @@ from absl import app, flags
 FLAGS = flags.FLAGS
 # To be raised where lines change, or what trains under the name of a method.
 FORMAT = 1
-_NEEDED = {"method": str, "settings": dict, "finetune": float, "seed": int}
-_MEASURED = ("target", "sparsity", "validation", "test")
+_NEEDED = {"method": str, "settings": dict, "seed": int}
+_ACCURACIES = ("validation", "test")
+_MEASURED = ("target", "sparsity", *_ACCURACIES)
 
 # What a training came to, and where; the rest of a line is what was asked for.
 _OUTCOME = {"format", "curve", "seconds", "versions", "hardware", "command", "time"}
@@ -28,6 +30,8 @@ _NAMES += ("halo_steered", "dense")
 _ANEW = ", recalibrated"
 _COLORS = {name: f"C{index}" for index, name in enumerate(_NAMES)}
 
+flags.DEFINE_string("plot", None, "Picture to draw, such as curves.png.")
+
 
 def read(path):
     """The lines of a results file that are whole and of this format."""
@@ -37,7 +41,7 @@ def read(path):
     for number, text in enumerate(texts, 1):
         try:
             line = json.loads(text)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             print(f"{path}, line {number} is cut or no JSON: it is left out.")
             continue
         if not isinstance(line, dict) or "format" not in line:
@@ -57,18 +61,28 @@ def read(path):
 def is_whole(line):
     """Whether a line has all that is read of it here."""
     curve = line.get("curve")
-    return all(isinstance(line.get(name), kind) for name, kind in _NEEDED.items()) and (
-        isinstance(curve, list)
+    return (
+        all(type(line.get(name)) is kind for name, kind in _NEEDED.items())
+        and is_part(line.get("finetune"))
+        and isinstance(curve, list)
         and curve != []
         and all(isinstance(point, dict) and is_measured(point) for point in curve)
     )
 
 
 def is_measured(point):
-    shares = [point.get(name) for name in _MEASURED]
-    return isinstance(point.get("layers"), dict) and all(
-        isinstance(share, (int, float)) and 0 <= share <= 1 for share in shares
+    layers, anew = point.get("layers"), point.get("recalibrated", point)
+    return (
+        isinstance(layers, dict)
+        and isinstance(anew, dict)
+        and all(map(is_part, layers.values()))
+        and all(is_part(point.get(name)) for name in _MEASURED)
+        and all(is_part(anew.get(name)) for name in _ACCURACIES)
     )
+
+
+def is_part(value):
+    return type(value) in (int, float) and 0 <= value <= 1
 
 
 def key(line):
@@ -182,6 +196,19 @@ def cell(points, target, sign=""):
     return accuracy + (f" at {sparsity:.2%}" if abs(sparsity - target) > off else "")
 
 
+def check_picture(path):
+    """Raises unless a picture can be drawn to `path`."""
+    from matplotlib.figure import Figure
+
+    path = pathlib.Path(path)
+    known = Figure().canvas.get_supported_filetypes()
+    if path.suffix.removeprefix(".").lower() not in known:
+        raise ValueError(
+            f"--plot must end in one of .{', .'.join(sorted(known))}. Received: {path}"
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+
 def plot(lines, path):
     """Draws accuracy against sparsity, and what methods leave of each layer."""
     from matplotlib.figure import Figure
@@ -226,10 +253,10 @@ def plot(lines, path):
     for (name, finetune), curve in best:
         if finetune != kinds[0] or target not in curve:
             continue
-        sparsities = [list(point["layers"].values()) for point in curve[target]]
+        parts = [point["layers"] for point in curve[target]]
         left = [
-            100 - 100 * statistics.mean(seeds)
-            for seeds in zip(*sparsities, strict=True)
+            100 - 100 * statistics.mean(part.get(layer, math.nan) for part in parts)
+            for layer in parts[0]
         ]
         color = _COLORS.get(name, "black")
         layers.plot(left, label=name, color=color, marker="o", markersize=3)
@@ -281,6 +308,11 @@ def main(argv):
             f"--against must be a method that {FLAGS.results} has: "
             f"{', '.join(sorted(known))}. Received: {FLAGS.against}"
         )
+    if FLAGS.plot:
+        try:
+            check_picture(FLAGS.plot)
+        except (ValueError, OSError) as error:
+            raise app.UsageError(f"{error}") from error
     for same, group in groups.items():
         print(f"{same}\n{table(group, FLAGS.against)}")
     if FLAGS.plot:
@@ -289,7 +321,6 @@ def main(argv):
 
 if __name__ == "__main__":
     flags.DEFINE_string("results", "runs/compare.jsonl", "Lines of compare.py.")
-    flags.DEFINE_string("plot", None, "Picture to draw, such as curves.png.")
     flags.DEFINE_string(
         "against", None, "Print what each method has more than this one, seed by seed."
     )

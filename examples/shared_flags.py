@@ -1,7 +1,9 @@
 """The flags that `train.py` and `compare.py` share: network, data set, precision."""
 
+import math
+
 import models
-from absl import flags
+from absl import app, flags
 
 flags.DEFINE_string(
     "model",
@@ -41,3 +43,14 @@ flags.register_validator("model", models.is_known, models.EXPECTED)
 flags.register_validator(
     "validation_split", lambda part: 0 < part < 1, "must be in (0, 1)"
 )
+
+
+def check_finite(values):
+    """Refuses what absl lets through: NaN is on neither side of a bound.
+
+    Args:
+        values: Dict of the values of flags by name.
+    """
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise app.UsageError(f"--{name} must be finite. Received: {value}")

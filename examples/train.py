@@ -85,6 +85,7 @@ def run():
         unpruned = ks.finalize(model)
         results = {"unpruned": measure(unpruned, data, output / "unpruned.keras")}
     results["sparse"] = measure(sparse, data, output / "sparse.keras")
+    results["sparse"] |= methods.led_to(target)
     curve = [float(sparsity) for sparsity in FLAGS.curve]
     if curve:
         results["curve"] = ks.pruning_curve(model, *data.test, curve, FLAGS.batch_size)
@@ -114,6 +115,11 @@ def load():
             raise app.UsageError(
                 "--images must not be given with --augment=random_resized_crop, which "
                 f"reads all images from disk. Received: --images={FLAGS.images}"
+            )
+        if FLAGS.dataset == "digits" or FLAGS.dataset.endswith(".npz"):
+            raise app.UsageError(
+                "--augment=random_resized_crop reads a data set of tensorflow-datasets "
+                f"from disk. Received: --dataset={FLAGS.dataset}"
             )
         multiple = devices.shares(FLAGS.batch_size)
         return imagenet.load(

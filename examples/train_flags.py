@@ -139,6 +139,11 @@ for name in ("curve", "drops"):
         lambda values: all(re.fullmatch(r"0?\.\d+|0", value) for value in values),
         "must be numbers in [0, 1), such as 0.9",
     )
+flags.register_validator(
+    "drops",
+    lambda values: sorted(values, key=float) == values,
+    "must rise, as 0.5,0.75 do",
+)
 for name in ("temperature", "multiplier"):
     flags.register_validator(name, lambda value: value > 0, "must be > 0")
 
@@ -149,6 +154,7 @@ def fill_defaults():
         for name, value in recipes.RECIPES[FLAGS.recipe].settings.items():
             FLAGS.set_default(name, value)  # what the command says stays
         print(recipes.describe(FLAGS.recipe, lambda name: FLAGS[name].value))
+    shared_flags.check_finite(values())
     if FLAGS.steer and not (FLAGS.method in ("ltp", "halo") and FLAGS.sparsity):
         raise app.UsageError(
             "--steer leads ltp or halo to a --sparsity above 0: give both. "

@@ -3,6 +3,7 @@
 import contextlib
 
 import keras
+import numpy as np
 from keras import tree
 
 from keras_sparsity.checks import check_integer
@@ -41,8 +42,8 @@ def recalibrate(model, dataset, batch_size=32):
     Raises:
         ValueError: If `batch_size` is no such integer, or `dataset` is empty or not
             what the model takes: labels among arrays, or a list of batches, which are
-            several inputs to Keras. The statistics are then as before, as they are if
-            a batch fails.
+            several inputs to Keras, or if statistics become NaN or infinite. They are
+            then as before, as they are if a batch fails.
 
     Example:
 
@@ -70,6 +71,11 @@ def recalibrate(model, dataset, batch_size=32):
             for x in _batches(model, dataset, batch_size):
                 model(x, training=False)
                 empty = False
+        if not all(np.isfinite(to_array(variable)).all() for variable in statistics):
+            raise ValueError(
+                "Argument `dataset` must lead to finite statistics. Received inputs, "
+                f"or weights of '{model.name}', that lead to NaN or infinity."
+            )
     except BaseException:
         for variable, value in before:
             variable.assign(value)

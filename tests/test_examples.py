@@ -208,11 +208,25 @@ def test_some_images_to_train_with_and_some_to_choose_by(validation):
 
 
 @pytest.mark.parametrize(
-    "flag", ["--sparsity=1", "--curve=0.5,1.5", "--l0=-1", "--model=vgg", "--epochs=0"]
+    "flag",
+    ["--sparsity=1", "--curve=0.5,1.5", "--l0=-1", "--model=vgg", "--epochs=0"]
+    + ["--drops=0.75,0.5"],
 )
 def test_bad_flags_are_refused_before_training(run, flag):
     with pytest.raises(flags.IllegalFlagValueError, match=flag[2:].split("=")[0]):
         run(flag)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "why"),
+    [
+        ("--learning_rate=nan", "--learning_rate must be finite. Received: nan"),
+        ("--augment=random_resized_crop", "from disk. Received: --dataset=digits"),
+    ],
+)
+def test_flags_that_make_no_sense_are_refused_before_training(run, wrong, why):
+    with pytest.raises(app.UsageError, match=why):
+        run(wrong)
 
 
 def test_the_main_job_writes_what_it_says(run, tmp_path, capsys):
@@ -262,7 +276,12 @@ def test_a_recipe_of_halo_trains(run):
 def test_a_sparsity_is_steered_to(run, tmp_path, method, epochs):
     short = ("--model=lenet_300_100", "--pretrain_epochs=0", f"--epochs={epochs}")
     coefficients = ("--l0=1e-5", "--xi=3e-6", "--psi=1e-2", "--schedule=cosine")
-    run(f"--method={method}", "--sparsity=0.9", "--steer", *short, *coefficients)
+    steer = ("--sparsity=0.9", "--steer")
+    results = run(f"--method={method}", *steer, *short, *coefficients)
+    # Not by the prune to 0.9 that follows HALO, nor by LTP's shift alone.
+    assert results["sparse"]["reached"] == pytest.approx(0.9, abs=0.005)
+    if method == "ltp":
+        assert results["sparse"]["shifted_from"] == pytest.approx(0.9, abs=0.02)
     model = keras.saving.load_model(tmp_path / "sparse.keras")
     assert zeros(model) == pytest.approx(0.9, abs=0.005)
     # What steering adds: without it this price leads elsewhere.

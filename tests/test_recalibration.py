@@ -203,5 +203,7 @@ def test_nothing_is_half_done():
         ks.recalibrate(model, iter([]))
     with pytest.raises(ValueError, match="expected shape"):
         ks.recalibrate(model, iter([X, X[:, :3]]))
+    with pytest.raises(ValueError, match="`dataset` must lead to finite statistics"):
+        ks.recalibrate(model, np.where(X > 1, np.nan, X))
     for a, b in zip(statistics(model), before, strict=True):
         np.testing.assert_array_equal(a, b)

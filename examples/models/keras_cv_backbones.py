@@ -44,11 +44,14 @@ def backbone(x, name, pretrained):
         network = base.from_preset(
             handle, load_weights=pretrained, include_rescaling=True
         )
-    except OSError as error:
+    except Exception as error:  # of many kinds: network, disk, what is in the files
+        source = f"the files of {handle}"
+        if handle.startswith("kaggle://"):
+            path = handle.removeprefix("kaggle://")
+            source = f'the folder that `kagglehub.model_download("{path}")` returns'
         raise RuntimeError(
-            f"{name} could not be downloaded: {error}. On a machine with a network run "
-            f'`kagglehub.model_download("{handle.removeprefix("kaggle://")}")`, copy '
-            "the folder that it returns, and give keras_cv/FOLDER."
+            f"{name} could not be loaded: {error}. From a machine with a network copy "
+            f"{source}, and give keras_cv/FOLDER."
         ) from error
     # A plain model: keras-cv's own class cannot be rebuilt from another's layers.
     x = Model(network.input, network.output, name="backbone")(pixels(x))
