@@ -14,8 +14,9 @@ from keras_sparsity.steering import Steering, log_left
 _LOOKS = 50
 _LOOKS_PER_EPOCH = 5
 
-# A target is missed by so much, or by so much of the weights that were to be left.
-_MISSED, _MISSED_OF_LEFT = 0.02, 0.25
+# A target is missed by so much, thresholds are shifted at once by so much, or either by
+# so much of the weights that were to be left.
+_MISSED, _SHIFTED, _OF_LEFT = 0.005, 0.02, 0.25
 
 
 class SparsityTarget(keras.callbacks.Callback):
@@ -65,10 +66,11 @@ class SparsityTarget(keras.callbacks.Callback):
     HALO wants some hundred checks, 20 epochs: it steers too coarsely in few steps. It
     must arrive early, at ten times its strength at most: begin with a `psi` that is
     several times what would do without.
-    A warning tells where training comes to `hold`, or ends, off the target by more than
-    0.02, or by more than a quarter of the weights that were to be left, as one does
-    that another callback stops early. When training has ended, strengths are 1 again;
-    one that is interrupted, or fails, leaves them as they are, for one that goes on.
+    A warning tells where training ends off the target by more than 0.005, as one does
+    that another callback stops early, or comes to `hold` off by more than 0.02; or
+    either by more than a quarter of the weights that were to be left. When training has
+    ended, strengths are 1 again; one that is interrupted, or fails, leaves them as they
+    are, for one that goes on.
 
     Args:
         sparsity: Float in (0, 1): the part of the weights that the methods govern
@@ -170,11 +172,11 @@ class SparsityTarget(keras.callbacks.Callback):
         if not self._epoch:
             return
         self.reached = 1 - math.exp(log_left(self._governors))
-        self._warn_if_missed(self.reached, "training ended at")
+        self._warn_if_off(_MISSED, self.reached, "training ended at")
 
-    def _warn_if_missed(self, reached, what):
-        off = min(_MISSED, _MISSED_OF_LEFT * (1 - self.sparsity))
-        if abs(reached - self.sparsity) > off:
+    def _warn_if_off(self, limit, reached, what):
+        limit = min(limit, _OF_LEFT * (1 - self.sparsity))
+        if abs(reached - self.sparsity) > limit:
             coefficients = "higher" if reached < self.sparsity else "lower"
             warnings.warn(
                 f"`SparsityTarget` was to lead to a sparsity of {self.sparsity}, and "
@@ -219,5 +221,5 @@ class SparsityTarget(keras.callbacks.Callback):
         self._holds = steering.place(steered, self.sparsity)
         if self._holds:
             self.shifted_from = led_to
-            self._warn_if_missed(led_to, "thresholds are shifted at once from")
+            self._warn_if_off(_SHIFTED, led_to, "thresholds are shifted at once from")
         return self._holds
