@@ -6,6 +6,7 @@ import random
 import tempfile
 import warnings
 from inspect import isfunction
+from typing import Any
 
 import keras
 from keras import tree
@@ -25,19 +26,32 @@ from keras_sparsity.selection import (
 def clone(obj, **changes):
     """A new layer, operation or regularizer of the same config, but for `changes`."""
     from_config, config = type(obj).from_config, obj.get_config()
-    parts = walk(obj) if isinstance(obj, keras.Layer) else [obj]
-    functions = [f for part in parts for f in vars(part).values() if isfunction(f)]
-    own = {n: f for n, f in vars(obj).items() if n in config and isfunction(f)}
-    # `Lambda` reads code alone, and has then lost the globals that it refers to.
+    # A config has the code of a lambda, but not the globals that it refers to.
+    lambdas = {
+        name: value
+        for name, value in vars(obj).items()
+        if name in config and isfunction(value) and value.__name__ == "<lambda>"
+    }
     reads_code = "safe_mode" in inspect.signature(from_config).parameters
-    with keras.saving.custom_object_scope({f.__name__: f for f in functions}):
+    with _known(walk(obj) if isinstance(obj, keras.Layer) else [obj]):
         if not reads_code:
-            return from_config({**config, **own, **changes})
-        # What is in memory is no code from somewhere else.
+            return from_config({**config, **changes, **lambdas})
+        # `Lambda` takes nothing else. What is in memory is no code from elsewhere.
         new = from_config({**config, **changes}, safe_mode=False)
-    for name, function in own.items():
+    for name, function in lambdas.items():
         setattr(new, name, function)
     return new
+
+
+def _known(objects):
+    """A scope in which configs of `objects` are read: they need not be registered."""
+    known: dict[str, Any] = {}
+    for obj in objects:
+        functions = filter(isfunction, vars(obj).values())
+        known |= {function.__name__: function for function in functions}
+        if not type(obj).__module__.startswith("keras."):
+            known[type(obj).__name__] = type(obj)
+    return keras.saving.custom_object_scope(known)
 
 
 @contextlib.contextmanager
@@ -91,14 +105,7 @@ class Rebuilt:
         self._fill = fill or copy_state
         self._clones = clones
         self.errors: dict[int, tuple] = {}
-        # Custom layers need not be registered: their classes are at hand.
-        classes = {
-            type(layer).__name__: type(layer)
-            for layer in walk(model)
-            if not type(layer).__module__.startswith("keras.")
-        }
-        scope = keras.saving.custom_object_scope(classes)
-        with scope, scope_of(model), random_state_kept():
+        with _known(walk(model)), scope_of(model), random_state_kept():
             # Scales are made when a penalty is computed first.
             _ = model.losses
             while not self._built(model):

@@ -53,12 +53,14 @@ def stretched(x):
     [
         lambda: layers.Lambda(lambda x: FACTOR * keras.ops.tanh(x)),
         lambda: layers.Lambda(stretched),
+        lambda: layers.Dense(5, activation=lambda x: FACTOR * keras.ops.tanh(x)),
         lambda: layers.Dense(5, activation=stretched),
         lambda: layers.TimeDistributed(layers.Dense(5, activation=stretched)),
         lambda: layers.LSTM(5, activation=stretched),
     ],
-    ids=["lambda", "Lambda", "Dense", "TimeDistributed", "LSTM"],
+    ids=["lambda", "Lambda", "Dense of a lambda", "Dense", "TimeDistributed", "LSTM"],
 )
+@pytest.mark.filterwarnings("ignore:The object being serialized includes a `lambda`")
 def test_functions_need_not_be_registered(method, make):
     model = keras.Sequential([keras.Input((3, 6)), layers.Dense(5), make()])
     inputs = keras.Input((3, 6))
