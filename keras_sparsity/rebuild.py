@@ -47,11 +47,16 @@ def _known(objects):
     """A scope in which configs of `objects` are read: they need not be registered."""
     known: dict[str, Any] = {}
     for obj in objects:
-        functions = filter(isfunction, vars(obj).values())
-        known |= {function.__name__: function for function in functions}
-        if not type(obj).__module__.startswith("keras."):
-            known[type(obj).__name__] = type(obj)
+        for part in (obj, *vars(obj).values()):  # initializers and constraints too
+            if isfunction(part):
+                known[part.__name__] = part
+            elif hasattr(part, "get_config") and not _is_of_keras(part):
+                known[type(part).__name__] = type(part)
     return keras.saving.custom_object_scope(known)
+
+
+def _is_of_keras(obj):
+    return type(obj).__module__.startswith("keras.")
 
 
 @contextlib.contextmanager

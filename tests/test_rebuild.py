@@ -74,6 +74,26 @@ def test_functions_need_not_be_registered(method, make):
     assert_equal(outputs(ks.finalize(sparse), x), outputs(sparse, x))
 
 
+class Halves(keras.initializers.Initializer):
+    def __call__(self, shape, dtype=None):
+        return keras.ops.full(shape, 0.5, dtype)
+
+
+class AtMostOne(keras.constraints.Constraint):
+    def __call__(self, w):
+        return keras.ops.minimum(w, 1)
+
+
+@pytest.mark.parametrize("method", [HALO, LTP])
+def test_initializers_and_constraints_need_not_be_registered(method):
+    dense = layers.Dense(4, kernel_initializer=Halves(), kernel_constraint=AtMostOne())
+    sparse = ks.sparsify(keras.Sequential([keras.Input((6,)), dense]), method)
+    assert all(row.method for row in ks.report(sparse).rows if len(row.shape) >= 2)
+    plain = ks.finalize(sparse).layers[0]
+    assert_equal(values([plain.kernel]), values([dense.kernel]))
+    assert type(plain.kernel_constraint) is AtMostOne
+
+
 def test_a_choice_of_weights_need_not_be_serializable():
     def named(variable, name):
         return variable.name == name
