@@ -493,7 +493,13 @@ def test_a_comparison_that_ends_leaves_no_training_behind(tmp_path, end):
         *(sys.executable, EXAMPLES / "compare.py", "--methods=magnitude,l1"),
         *("--epochs=1000", "--jobs=2", f"--results={tmp_path / 'r.jsonl'}"),
     ]
-    comparison = subprocess.Popen(command, env=ENVIRONMENT, start_new_session=True)
+    comparison = subprocess.Popen(
+        command,
+        env=ENVIRONMENT,
+        start_new_session=True,
+        # Where these tests run in the background of a shell, they ignore it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     group = comparison.pid
     try:
         # It, Python's tracker of resources, and two that train.
