@@ -121,7 +121,7 @@ def load(
         seed: Which images are held out.
         count: How many of the other images to train with, at most. Defaults to all.
     """
-    if image_size and (name == "digits" or name.endswith(".npz")):
+    if image_size and not is_of_tfds(name):
         raise ValueError(
             "`--image_size` is for data sets of tensorflow-datasets: the digits and "
             "arrays have the size that they have. "
@@ -147,6 +147,11 @@ def load(
         image_shape=images.shape[1:],
         count=len(train[0]),
     )
+
+
+def is_of_tfds(name):
+    """Whether a data set comes through tensorflow-datasets."""
+    return name != "digits" and not name.endswith(".npz")
 
 
 def _split(images, labels, fraction, seed):

@@ -116,7 +116,7 @@ def load():
                 "--images must not be given with --augment=random_resized_crop, which "
                 f"reads all images from disk. Received: --images={FLAGS.images}"
             )
-        if FLAGS.dataset == "digits" or FLAGS.dataset.endswith(".npz"):
+        if not data_sets.is_of_tfds(FLAGS.dataset):
             raise app.UsageError(
                 "--augment=random_resized_crop reads a data set of tensorflow-datasets "
                 f"from disk. Received: --dataset={FLAGS.dataset}"
