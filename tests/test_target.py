@@ -19,8 +19,8 @@ Y = np.tanh(X[:, :8] @ RNG.normal(size=(8, 4))).astype("float32")
 LTP = functools.partial(ks.LTP, l0=1e-6)
 
 
-def network(method, epochs=40):
-    keras.utils.set_random_seed(0)
+def network(method, epochs=40, seed=0):
+    keras.utils.set_random_seed(seed)
     model = keras.Sequential(
         [keras.Input((40,)), layers.Dense(100, activation="relu"), layers.Dense(4)]
     )
@@ -49,20 +49,23 @@ def strength_of(governor):
 
 @pytest.mark.parametrize(("sparsity", "hold"), [(0.8, 0), (0.95, 0), (0.95, 0.35)])
 def test_ltp_ends_at_the_sparsity(sparsity, hold):
-    model = network(LTP)
-    target = ks.SparsityTarget(sparsity, hold)
-    parts = []
-    watch = keras.callbacks.LambdaCallback(
-        on_epoch_end=lambda *_: parts.append(part_pruned(model))
-    )
-    train(model, target, watch)
-    assert part_pruned(model) == ks.report(model).sparsity == sparsity
-    # In `hold` at every look, and led near it before: by rounding alone, on other
-    # processors, the last is from 0.001 to 0.006 off.
-    before = math.ceil((1 - hold) * 40) - 1
-    assert abs(parts[before - 1] - sparsity) <= 0.01
-    assert parts[before:] == [sparsity] * (40 - before)
-    assert target.reached == pytest.approx(part_pruned(model), abs=1e-12)
+    off = []
+    for seed in range(3):
+        model = network(LTP, seed=seed)
+        target = ks.SparsityTarget(sparsity, hold)
+        parts = []
+        watch = keras.callbacks.LambdaCallback(
+            on_epoch_end=lambda *_, m=model, to=parts: to.append(part_pruned(m))
+        )
+        train(model, target, watch)
+        assert part_pruned(model) == ks.report(model).sparsity == sparsity
+        # In `hold` at every look.
+        before = math.ceil((1 - hold) * 40) - 1
+        assert parts[before:] == [sparsity] * (40 - before)
+        assert target.reached == pytest.approx(part_pruned(model), abs=1e-12)
+        off.append(abs(parts[before - 1] - sparsity))
+    # Led near it before. One training can be 0.006 off, as processors round.
+    assert np.median(off) <= 0.005 and max(off) <= 0.01
 
 
 def with_kernels(model):
