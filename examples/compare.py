@@ -105,6 +105,7 @@ def lists_by_method(text):
 def are_settings(one):
     return (
         isinstance(one, dict)
+        and all(isinstance(value, (int, float)) for value in one.values())
         and parts([one.get("pretrain", 0), one.get("falls_from", 0)])
         and 0 < one.get("multiplier", 1) < math.inf
     )

@@ -79,8 +79,6 @@ class LTP(SubstitutingWrapper):
             or more (some layers have biases of rank 2: `"kernel"` leaves them out), a
             regular expression that is searched in their names, or a predicate on the
             variable. Defaults to `None`.
-        granularity: `"layer"`: one threshold for each weight tensor, or `"channel"`:
-            one for each index of its last axis. Defaults to `"layer"`.
         **kwargs: `name` (defaults to the layer's) and `trainable`.
 
     Attributes:
@@ -128,16 +126,9 @@ class LTP(SubstitutingWrapper):
         initial_threshold=0.0,
         threshold_units="variance",
         variables=None,
-        granularity="layer",
         **kwargs,
     ):
         super().__init__(layer, variables=variables, **kwargs)
-        if granularity not in ("layer", "channel"):
-            raise ValueError(
-                'Argument `granularity` must be "layer" or "channel". '
-                f"Received: granularity={granularity!r}"
-            )
-        self.granularity = granularity
         self.l0 = check_number("l0", l0, at_least=0)
         self.temperature = check_number("temperature", temperature, above=0)
         self.initial_threshold = check_number(
@@ -155,7 +146,7 @@ class LTP(SubstitutingWrapper):
         self.thresholds = [
             self.add_weight(
                 name=f"ltp_threshold_{self.suffix(variable)}",
-                shape=() if self.granularity == "layer" else variable.shape[-1:],
+                shape=(),
                 dtype="float32",
                 initializer=keras.initializers.Constant(self.initial_threshold),
                 # A regularizer is counted once however often the layer is called.
@@ -183,7 +174,7 @@ class LTP(SubstitutingWrapper):
         # kept from the call, no graph and no tensor of the kernel's size.
         threshold = ops.convert_to_tensor(threshold)
         count = count + slope * (threshold - ops.stop_gradient(threshold))
-        return self.strength * (self.l0 * ops.sum(count))
+        return self.strength * (self.l0 * count)
 
     def _measure(self, variable, threshold):
         """Squares of the weights, `tau`, the unit of the threshold and `Var(|w|)`."""
@@ -207,10 +198,8 @@ class LTP(SubstitutingWrapper):
     def _count(self, gate, steepness):
         """`sum(m)` and its derivative with respect to the threshold, as constants."""
         gate = ops.stop_gradient(gate)
-        axes = None if self.granularity == "layer" else range(len(gate.shape) - 1)
-        axes = axes and tuple(axes)
-        count = ops.sum(gate, axes)
-        return count, steepness * (ops.sum(gate * gate, axes) - count)
+        count = ops.sum(gate)
+        return count, steepness * (ops.sum(gate * gate) - count)
 
     def effective_weights(self, training):
         weights = []
@@ -237,12 +226,7 @@ class LTP(SubstitutingWrapper):
     def governed_weights(self):
         """What inference computes with: see `selection.Governed`."""
         return [
-            Governed(
-                variable,
-                "LTP",
-                effective,
-                ops.mean(self._measure(variable, threshold)[1]),
-            )
+            Governed(variable, "LTP", effective, self._measure(variable, threshold)[1])
             for variable, effective, threshold in zip(
                 self.gated,
                 self.effective_weights(training=False),
@@ -263,7 +247,6 @@ class LTP(SubstitutingWrapper):
             "temperature": self.temperature,
             "initial_threshold": self.initial_threshold,
             "threshold_units": self.threshold_units,
-            "granularity": self.granularity,
         }
         return {**super().get_config(), **config}
 
