@@ -152,6 +152,17 @@ def test_both_methods_govern_every_kernel_of_a_backbone(backbone):
     check(models.build(backbone, (16, 16, 3), 10), (16, 16, 3))
 
 
+@pytest.mark.slow  # half a minute on JAX
+def test_a_gray_image_is_one_of_three_equal_channels():
+    gray = models.build("MobileNetV2", (32, 32, 1), 10)
+    colored = models.build("MobileNetV2", CIFAR, 10)
+    colored.set_weights(gray.get_weights())
+    x = 10 * np.random.default_rng(0).normal(size=(2, 32, 32, 1)).astype("float32")
+    expected = keras.ops.convert_to_numpy(colored(np.repeat(x, 3, axis=-1)))
+    assert np.abs(expected).max() > 0
+    np.testing.assert_array_equal(keras.ops.convert_to_numpy(gray(x)), expected)
+
+
 def test_weights_are_those_of_a_file(tmp_path):
     trained = models.build("lenet5", MNIST, 10)
     trained.save(tmp_path / "trained.keras")

@@ -13,7 +13,12 @@ MODULES = {
 
 
 def pixels(x):
-    """Pixels in [0, 255] again, from images standardized as ImageNet is."""
+    """Pixels in [0, 255] again, from images standardized as ImageNet is.
+
+    The networks are made for three channels: a gray image gives them all the same.
+    """
+    if x.shape[-1] == 1:
+        x = layers.Concatenate()([x, x, x])
     scale = [255 * deviation for deviation in imagenet.DEVIATION]
     return layers.Rescaling(scale, [255 * mean for mean in imagenet.MEAN])(x)
 
