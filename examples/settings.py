@@ -20,6 +20,7 @@ FREE = {
     "jit_compile",
     "verbose",
     "curve",
+    "recalibrate",
 }
 
 

@@ -82,6 +82,13 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "finetune_epochs", 0, "Epochs after, with the zeros kept.", lower_bound=0
 )
+flags.DEFINE_bool(
+    "recalibrate",
+    False,
+    "Gather batch statistics anew, of 10,000 training images, before anything is "
+    "measured: for short trainings, after which those of networks with a momentum of "
+    "0.999 are far behind.",
+)
 flags.DEFINE_integer("batch_size", 32, "Images per step.", lower_bound=1)
 flags.DEFINE_enum(
     "optimizer", "sgd", ["sgd", "adam", "adamw"], "Optimizer of the weights."

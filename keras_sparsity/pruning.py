@@ -10,6 +10,7 @@ from keras import tree
 
 from keras_sparsity.checks import check_fraction
 from keras_sparsity.rebuild import check_rebuildable
+from keras_sparsity.recalibration import recalibrate
 from keras_sparsity.selection import (
     Governed,
     check_filters,
@@ -79,6 +80,7 @@ def pruning_curve(
     y=None,
     sparsities=(0.5, 0.8, 0.9, 0.95, 0.98, 0.99),
     batch_size: int | None = None,
+    calibration_data=None,
 ):
     """The compiled metrics of `prune(model, s)` for each `s`.
 
@@ -89,6 +91,9 @@ def pruning_curve(
         sparsities: Sequence of floats in [0, 1).
         batch_size: Integer, samples per batch of `model.evaluate`, for arrays.
             Defaults to `None`: what Keras takes, 32.
+        calibration_data: Training inputs, as `recalibrate` takes them but no generator:
+            the batch statistics of every pruned model are gathered from them anew,
+            in batches of `batch_size`. Defaults to `None`: they are the model's.
 
     Returns:
         A list of dicts, one for each sparsity: `"sparsity"` and the metrics.
@@ -110,11 +115,13 @@ def pruning_curve(
             "Argument `model` of `pruning_curve` must be compiled with the metrics to "
             "compute. Received a model that is not compiled."
         )
-    if isinstance(x, collections.abc.Iterator):
-        raise TypeError(
-            "Argument `x` must be arrays or a dataset, which every sparsity can be "
-            f"evaluated on. Received: x={x!r}, which the first one would use up."
-        )
+    for name, data in (("x", x), ("calibration_data", calibration_data)):
+        if isinstance(data, collections.abc.Iterator):
+            raise TypeError(
+                f"Argument `{name}` must be arrays or a dataset, which every sparsity "
+                f"can go through. Received: {name}={data!r}, which the first one would "
+                "use up."
+            )
     if not np.iterable(sparsities):
         raise TypeError(
             "Argument `sparsities` must be a sequence of numbers in [0, 1). Received: "
@@ -134,6 +141,8 @@ def pruning_curve(
         for sparsity, weights in zip(sparsities, values, strict=True):
             for key, value in weights.items():
                 variables[key].assign(value)
+            if calibration_data is not None:
+                recalibrate(small, calibration_data, batch_size or 32)
             metrics = small.evaluate(x, y, batch_size, verbose=0, return_dict=True)
             curve.append({"sparsity": sparsity, **metrics})
     return curve

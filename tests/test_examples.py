@@ -310,6 +310,37 @@ def test_fine_tuning_keeps_the_zeros(run, tmp_path):
     assert zeros(model) == pytest.approx(0.9, abs=1e-4)
 
 
+def test_batch_statistics_are_gathered_anew(run, tmp_path, monkeypatch):
+    def normalized(x):
+        x = keras.layers.Dense(16)(keras.layers.Flatten()(x))
+        return keras.layers.ReLU()(keras.layers.BatchNormalization(momentum=0.999)(x))
+
+    def written():
+        model = keras.saving.load_model(tmp_path / "sparse.keras")
+        return model, [w.numpy() for w in model.non_trainable_variables]
+
+    monkeypatch.setitem(models.FAMILIES, "small_cnn", normalized)
+    flags = ["--method=halo", "--sparsity=0.5", "--curve=0.5"]
+    stale = run(*flags)
+    model, old = written()
+    fresh = run(*flags, "--recalibrate")
+    _, new = written()
+    digits = data.load("digits", seed=0)
+    ks.recalibrate(model, digits.train[0], 64)
+    expected = [w.numpy() for w in model.non_trainable_variables]
+    for received, before, after in zip(new, old, expected, strict=True):
+        np.testing.assert_allclose(received, after, rtol=1e-5, atol=1e-6)
+        assert np.abs(received - before).max() > 0.1
+    images, labels = digits.test
+    accuracy = np.mean(model.predict(images, verbose=0).argmax(-1) == labels)
+    assert fresh["sparse"]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
+    assert accuracy > stale["sparse"]["accuracy"] + 0.05
+    for results in (stale, fresh):
+        (point,) = results["curve"]
+        same = results["sparse"]["accuracy"]
+        assert point["accuracy"] == pytest.approx(same, abs=1e-6)
+
+
 def test_other_settings_than_those_of_the_run_to_resume_are_refused(run, tmp_path):
     quick = ("--resume", "--model=lenet_300_100", "--method=l1", "--epochs=1")
     first = run(*quick)
@@ -321,7 +352,7 @@ def test_other_settings_than_those_of_the_run_to_resume_are_refused(run, tmp_pat
         with pytest.raises(app.UsageError, match="strategy=none there, strategy=mir"):
             run(*quick, "--strategy=mirrored")
     # The same training, shown otherwise: it is not repeated.
-    again = run(*quick, "--curve=0.5", "--verbose=2")
+    again = run(*quick, "--curve=0.5", "--verbose=2", "--recalibrate")
     assert again["sparse"] == first["sparse"]
     assert len(ks.Trail(tmp_path / "trail").points) == 1
 

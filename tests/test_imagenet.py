@@ -145,7 +145,7 @@ def test_a_recipe_trains_on_it(folder, tmp_path, capsys):
         "--recipe=ltp_mobilenetv2_imagenet",
         *("--dataset=tiny_imagenet", f"--data_dir={folder}", f"--output={tmp_path}"),
         *("--model=lenet_300_100", "--weights=", "--image_size=16", "--batch_size=8"),
-        *("--epochs=1", "--finetune_epochs=1", "--verbose=0"),
+        *("--epochs=1", "--finetune_epochs=1", "--verbose=0", "--recalibrate"),
     ]
     with flagsaver.flagsaver():
         flags.FLAGS(["train.py", *command])

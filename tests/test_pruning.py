@@ -203,6 +203,26 @@ def test_pruning_curve_evaluates_in_batches(batch_size, batches):
     assert point["calls"] == batches
 
 
+@pytest.mark.parametrize("method", [None, ks.HALO(0.1, 0.1)])
+def test_pruning_curve_recalibrates_every_pruned_model(method):
+    model = keras.Sequential([*mlp().layers, keras.layers.BatchNormalization()])
+    model.build((None, 4))
+    model = ks.sparsify(model, method) if method else model
+    x, y, calibration = features(16, 4), features(16, 3), features(40, 4) + 1
+    model.compile("sgd", "mse", metrics=["mae"], run_eagerly=True)
+    before = values(model.weights)
+    sparsities = [0.9, 0.5]
+    curve = ks.pruning_curve(model, x, y, sparsities, 8, calibration)
+    for point, sparsity in zip(curve, sparsities, strict=True):
+        small = ks.recalibrate(ks.prune(model, sparsity), calibration, 8)
+        small.compile("sgd", "mse", metrics=["mae"], run_eagerly=True)
+        expected = small.evaluate(x, y, 8, verbose=0, return_dict=True)
+        assert point == pytest.approx({"sparsity": sparsity, **expected})
+    plainly = ks.pruning_curve(model, x, y, sparsities, 8)
+    assert [p["mae"] for p in plainly] != pytest.approx([p["mae"] for p in curve])
+    assert_equal(values(model.weights), before)
+
+
 def test_pruning_curve_of_a_model_that_is_not_compiled_is_an_error():
     with pytest.raises(ValueError, match="must be compiled"):
         ks.pruning_curve(mlp(), features(2, 4), features(2, 3), [0.5])
@@ -231,6 +251,8 @@ def test_pruning_curve_takes_a_dataset_but_no_generator():
     batches = ((x, y) for _ in range(2))
     with pytest.raises(TypeError, match="`x` must be arrays or a dataset"):
         ks.pruning_curve(model, batches, sparsities=[0.5, 0.9])
+    with pytest.raises(TypeError, match="`calibration_data` must be arrays or a"):
+        ks.pruning_curve(model, x, y, [0.5, 0.9], calibration_data=batches)
     assert len(list(batches)) == 2
 
 
