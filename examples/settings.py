@@ -20,7 +20,6 @@ FREE = {
     "jit_compile",
     "verbose",
     "curve",
-    "recalibrate",
 }
 
 

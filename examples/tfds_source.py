@@ -26,10 +26,12 @@ def builder(name, data_dir=None, download=False):
     except tfds.core.DatasetNotFoundError:
         raise ValueError(
             f"No data set is called `{name}`. Expected `digits`, the path of an .npz "
-            f"file, or a name of tensorflow-datasets. {_contents(folder)}"
+            "file, or a name of tensorflow-datasets, such as mnist, fashion_mnist, "
+            f"cifar10, cifar100 or imagenet2012. {_contents(folder)}"
         ) from None
     except AssertionError as error:  # of a version or a config that it has not
         raise ValueError(f"Data set `{name}` is not there: {error}") from error
+    image_and_label(found.info)  # before a download for nothing
     if pathlib.Path(found.data_path).exists():
         return found
     by_hand = found.MANUAL_DOWNLOAD_INSTRUCTIONS
@@ -69,5 +71,11 @@ def image_and_label(info):
 
 
 def _contents(folder):
-    names = sorted(path.name for path in folder.glob("*/") if path.is_dir())
+    """What `folder` has whole, by name and version, or name, config and version."""
+    infos = [
+        info
+        for levels in ("*/*", "*/*/*")
+        for info in folder.glob(f"{levels}/dataset_info.json")
+    ]
+    names = sorted({info.relative_to(folder).parts[0] for info in infos})
     return f"{folder} has: {', '.join(names) or 'nothing'}."

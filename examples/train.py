@@ -223,7 +223,8 @@ def for_statistics(data, count=10_000):
     images, labels = data.train
     if not FLAGS.recalibrate:
         return None
-    if labels is None:  # batches, read from disk
+    if labels is None:  # batches, read from disk, as augmented as in training
+        data.follow.on_epoch_begin(0, None)  # whichever epoch came last in this process
         return images.take(math.ceil(count / FLAGS.batch_size))
     return images[:count]
 

@@ -85,9 +85,9 @@ flags.DEFINE_integer(
 flags.DEFINE_bool(
     "recalibrate",
     False,
-    "Gather batch statistics anew, of 10,000 training images, before anything is "
-    "measured: for short trainings, after which those of networks with a momentum of "
-    "0.999 are far behind.",
+    "Gather batch statistics anew, of 10,000 training images, when training has ended, "
+    "before networks are measured and saved: after a prune, or a short training with a "
+    "momentum of 0.999, they are far off. The trail keeps those of its epochs.",
 )
 flags.DEFINE_integer("batch_size", 32, "Images per step.", lower_bound=1)
 flags.DEFINE_enum(
@@ -118,6 +118,7 @@ flags.DEFINE_enum(
     "verbose", "1", ["0", "1", "2"], "Keras progress: none, bars, or lines."
 )
 
+# Of the digits, whose small network has fewer weights than most; LTP's own is 1e-6.
 flags.DEFINE_float("l0", 3e-5, "LTP: the price of one weight.", lower_bound=0)
 flags.DEFINE_float("temperature", 1e-2, "LTP: softness of the gate, > 0.")
 flags.DEFINE_float("initial_threshold", 0, "LTP: first threshold.", lower_bound=0)

@@ -99,8 +99,10 @@ def pruning_curve(
         A list of dicts, one for each sparsity: `"sparsity"` and the metrics.
 
     Raises:
-        TypeError: If `x` is a generator, or `sparsities` is no sequence.
-        ValueError: If the model is not compiled; else as `prune`.
+        TypeError: If `x` or `calibration_data` is a generator, or `sparsities` is no
+            sequence.
+        ValueError: If the model is not compiled; else as `prune`, and as `recalibrate`,
+            whose `dataset` is `calibration_data`.
 
     Example:
 
@@ -142,7 +144,9 @@ def pruning_curve(
             for key, value in weights.items():
                 variables[key].assign(value)
             if calibration_data is not None:
-                recalibrate(small, calibration_data, batch_size or 32)
+                recalibrate(
+                    small, calibration_data, 32 if batch_size is None else batch_size
+                )
             metrics = small.evaluate(x, y, batch_size, verbose=0, return_dict=True)
             curve.append({"sparsity": sparsity, **metrics})
     return curve

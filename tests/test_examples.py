@@ -122,9 +122,17 @@ def test_sets_of_tensorflow_datasets_are_read(tmp_path):
 
 def test_a_data_set_that_is_not_there_is_refused_with_what_is(tmp_path):
     pytest.importorskip("tensorflow_datasets")
-    (tmp_path / "cifar10").mkdir()
-    with pytest.raises(ValueError, match="`mnist` is not there.*has: cifar10"):
+    for kept in ("cifar10/3.0.2", "coco_captions/2014/1.1.0"):
+        (tmp_path / kept).mkdir(parents=True)
+        (tmp_path / kept / "dataset_info.json").touch()
+    for cut_off in ("downloads", "mnist/3.0.1.incompleteABC"):
+        (tmp_path / cut_off).mkdir(parents=True)
+    with pytest.raises(
+        ValueError, match="`mnist` is not .*: cifar10, coco_captions[.]"
+    ):
         data.load("mnist", tmp_path)
+    with pytest.raises(ValueError, match="`glue` is not for image classification"):
+        data.load("glue", tmp_path, download=True)
     with pytest.raises(ValueError, match="No data set is called `nothing`.*cifar10"):
         data.load("nothing", tmp_path)
     with pytest.raises(ValueError, match="`mnist:99.0.0` is not there"):
@@ -352,7 +360,7 @@ def test_other_settings_than_those_of_the_run_to_resume_are_refused(run, tmp_pat
         with pytest.raises(app.UsageError, match="strategy=none there, strategy=mir"):
             run(*quick, "--strategy=mirrored")
     # The same training, shown otherwise: it is not repeated.
-    again = run(*quick, "--curve=0.5", "--verbose=2", "--recalibrate")
+    again = run(*quick, "--curve=0.5", "--verbose=2")
     assert again["sparse"] == first["sparse"]
     assert len(ks.Trail(tmp_path / "trail").points) == 1
 

@@ -140,11 +140,15 @@ def test_training_sees_random_parts_of_the_image():
     assert 0.35 < mirrored < 0.65
 
 
-def test_a_recipe_trains_on_it(folder, tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("network", "size"),
+    [("lenet_300_100", 16), pytest.param("MobileNetV2", 32, marks=pytest.mark.slow)],
+)
+def test_a_recipe_trains_on_it(folder, tmp_path, capsys, network, size):
     command = [
         "--recipe=ltp_mobilenetv2_imagenet",
         *("--dataset=tiny_imagenet", f"--data_dir={folder}", f"--output={tmp_path}"),
-        *("--model=lenet_300_100", "--weights=", "--image_size=16", "--batch_size=8"),
+        *(f"--model={network}", "--weights=", f"--image_size={size}", "--batch_size=8"),
         *("--epochs=1", "--finetune_epochs=1", "--verbose=0", "--recalibrate"),
     ]
     with flagsaver.flagsaver():
@@ -155,7 +159,7 @@ def test_a_recipe_trains_on_it(folder, tmp_path, capsys):
     # So short a training is not led to the sparsity that the recipe wants.
     assert "No epoch has --sparsity=0.248" in capsys.readouterr().out
     assert results["sparse"]["sparsity"] < 0.248
-    images, _ = imagenet.load("tiny_imagenet", 8, folder, image_size=16).test
+    images, _ = imagenet.load("tiny_imagenet", 8, folder, image_size=size).test
     model = keras.saving.load_model(tmp_path / "sparse.keras")
     right = [
         model.predict(x, verbose=0).argmax(-1) == y
