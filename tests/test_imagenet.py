@@ -141,24 +141,33 @@ def test_training_sees_random_parts_of_the_image():
 
 
 @pytest.mark.parametrize(
-    ("network", "size"),
-    [("lenet_300_100", 16), pytest.param("MobileNetV2", 32, marks=pytest.mark.slow)],
+    ("network", "size", "rate"),
+    [
+        ("lenet_300_100", 16, 1e-2),
+        # Pictures of one color have no variance to normalize: at 1e-2 it diverges.
+        pytest.param("MobileNetV2", 32, 1e-4, marks=pytest.mark.slow),
+    ],
 )
-def test_a_recipe_trains_on_it(folder, tmp_path, capsys, network, size):
+def test_a_recipe_trains_on_it(folder, tmp_path, network, size, rate):
     command = [
         "--recipe=ltp_mobilenetv2_imagenet",
         *("--dataset=tiny_imagenet", f"--data_dir={folder}", f"--output={tmp_path}"),
         *(f"--model={network}", "--weights=", f"--image_size={size}", "--batch_size=8"),
-        *("--epochs=1", "--finetune_epochs=1", "--verbose=0", "--recalibrate"),
+        *(
+            f"--learning_rate={rate}",
+            "--epochs=4",
+            "--finetune_epochs=1",
+            "--verbose=0",
+            "--recalibrate",
+        ),
     ]
     with flagsaver.flagsaver():
         flags.FLAGS(["train.py", *command])
-        train.main([])
+        with pytest.warns(UserWarning, match="thresholds are shifted at once"):
+            train.main([])  # so few steps lead nowhere
     results = json.loads((tmp_path / "results.jsonl").read_text())
     assert results["settings"]["l0"] == 1e-8
-    # So short a training is not led to the sparsity that the recipe wants.
-    assert "No epoch has --sparsity=0.248" in capsys.readouterr().out
-    assert results["sparse"]["sparsity"] < 0.248
+    assert results["sparse"]["sparsity"] == pytest.approx(1 - 1 / 1.33, abs=0.005)
     images, _ = imagenet.load("tiny_imagenet", 8, folder, image_size=size).test
     model = keras.saving.load_model(tmp_path / "sparse.keras")
     right = [
