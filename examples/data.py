@@ -35,6 +35,18 @@ class Data(NamedTuple):
     count: int
     follow: keras.callbacks.Callback | None = None
 
+    def for_statistics(self, batch_size, count=10_000):
+        """Inputs for `ks.recalibrate`: `count` of the training images, or all.
+
+        Read from disk, in batches of `batch_size`, they are those that the first epoch
+        begins with, augmented as they are there.
+        """
+        images, labels = self.train
+        if labels is not None:
+            return images[:count]
+        self.follow.on_epoch_begin(0, None)  # whichever epoch came last
+        return images.take(math.ceil(count / batch_size))
+
 
 class Batches(keras.utils.PyDataset):
     """Batches of arrays, in an order that is a function of the seed and the epoch.
@@ -234,8 +246,7 @@ def _scaled(path, images, labels):
 def _tfds(name, data_dir, download, image_size):
     import tensorflow as tf
 
-    builder = tfds_source.builder(name, data_dir, download)
-    image, label = tfds_source.image_and_label(builder.info)
+    builder, image, label = tfds_source.image_set(name, data_dir, download)
     shape = builder.info.features[image].shape
     if image_size:
         shape = (image_size, image_size, shape[-1])

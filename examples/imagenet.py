@@ -46,11 +46,10 @@ def load(
         `Data` of `tf.data.Dataset`s. The batches of an epoch are a function of the
         seed and the epoch, if `fit` gets its callback `follow`.
     """
-    builder = tfds_source.builder(name, data_dir, download)
+    builder, image, label = tfds_source.image_set(name, data_dir, download)
     import tensorflow as tf
 
     size = image_size or 224
-    image, label = tfds_source.image_and_label(builder.info)
     features = builder.info.features
     splits = builder.info.splits
     test = "validation" if "validation" in splits else "test"

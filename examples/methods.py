@@ -314,7 +314,8 @@ def curve(network, data, method, settings, sparsities, training):
             }
         )
         if training.recalibrate:
-            ks.recalibrate(small, data.train[0][:10_000], training.batch_size)
+            inputs = data.for_statistics(training.batch_size)
+            ks.recalibrate(small, inputs, training.batch_size)
             points[-1]["recalibrated"] = accuracies(small, data)
     return points
 

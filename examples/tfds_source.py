@@ -3,13 +3,16 @@
 import pathlib
 
 
-def builder(name, data_dir=None, download=False):
-    """The builder of a data set whose files are there.
+def image_set(name, data_dir=None, download=False):
+    """The builder of a data set whose files are there, its image and its label.
+
+    The last two are names: of the features that a classifier learns from.
 
     Raises:
         ImportError: If what reads the files is not installed.
-        ValueError: If there is no such data set, or if its files are not there and
-            cannot be had: says what to do.
+        ValueError: If there is no such data set, if it is not for image
+            classification, or if its files are not there and cannot be had: says what
+            to do.
     """
     try:
         import tensorflow  # noqa: F401 (reads the files, whatever the Keras backend)
@@ -31,9 +34,9 @@ def builder(name, data_dir=None, download=False):
         ) from None
     except AssertionError as error:  # of a version or a config that it has not
         raise ValueError(f"Data set `{name}` is not there: {error}") from error
-    image_and_label(found.info)  # before a download for nothing
+    image, label = _image_and_label(found.info)  # before a download for nothing
     if pathlib.Path(found.data_path).exists():
-        return found
+        return found, image, label
     by_hand = found.MANUAL_DOWNLOAD_INSTRUCTIONS
     manual = f" Some files must be fetched by hand: {by_hand}" if by_hand else ""
     if not download:
@@ -49,11 +52,10 @@ def builder(name, data_dir=None, download=False):
             "On a machine with a network run the same command with `--download`, and "
             f"copy its {found.data_path} to this one.{manual}"
         ) from error
-    return found
+    return found, image, label
 
 
-def image_and_label(info):
-    """The names of the two features that a classifier learns from."""
+def _image_and_label(info):
     import tensorflow_datasets as tfds
 
     features = dict(info.features.items())

@@ -88,8 +88,11 @@ def run():
     results["sparse"] |= methods.led_to(target)
     curve = [float(sparsity) for sparsity in FLAGS.curve]
     if curve:
+        calibration_data = None
+        if FLAGS.recalibrate:
+            calibration_data = data.for_statistics(FLAGS.batch_size)
         results["curve"] = ks.pruning_curve(
-            model, *data.test, curve, FLAGS.batch_size, for_statistics(data)
+            model, *data.test, curve, FLAGS.batch_size, calibration_data
         )
     if not is_chief(model):
         return
@@ -218,21 +221,11 @@ def pick(model, trail):
     return ks.prune(model, FLAGS.sparsity)
 
 
-def for_statistics(data, count=10_000):
-    """Training images for `ks.recalibrate`; `None` where nothing is recalibrated."""
-    images, labels = data.train
-    if not FLAGS.recalibrate:
-        return None
-    if labels is None:  # batches, read from disk, as augmented as in training
-        data.follow.on_epoch_begin(0, None)  # whichever epoch came last in this process
-        return images.take(math.ceil(count / FLAGS.batch_size))
-    return images[:count]
-
-
 def measure(model, data, path):
     """Saves `model` and says how good and how large it is."""
     if FLAGS.recalibrate:
-        ks.recalibrate(model, for_statistics(data), FLAGS.batch_size)
+        inputs = data.for_statistics(FLAGS.batch_size)
+        ks.recalibrate(model, inputs, FLAGS.batch_size)
     model.save(path)
     top_5 = keras.metrics.SparseTopKCategoricalAccuracy(
         min(5, data.classes), name="top_5"

@@ -165,8 +165,8 @@ def fill_defaults():
     shared_flags.check_finite(values())
     if FLAGS.steer and not (FLAGS.method in ("ltp", "halo") and FLAGS.sparsity):
         raise app.UsageError(
-            "--steer leads ltp or halo to a --sparsity above 0: give both. "
-            f"Received: --method={FLAGS.method} --sparsity={FLAGS.sparsity}"
+            "--steer leads ltp or halo to a --sparsity above 0: give both, or "
+            f"--nosteer. Received: --method={FLAGS.method} --sparsity={FLAGS.sparsity}"
         )
     from_dense = FLAGS.method in ("ltp", "magnitude")
     by_magnitude = FLAGS.method in ("halo", "l1", "magnitude")

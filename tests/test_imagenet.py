@@ -140,6 +140,17 @@ def test_training_sees_random_parts_of_the_image():
     assert 0.35 < mirrored < 0.65
 
 
+def run_recipe(folder, output, *arguments):
+    command = [
+        "--recipe=ltp_mobilenetv2_imagenet",
+        *("--dataset=tiny_imagenet", f"--data_dir={folder}", f"--output={output}"),
+        *("--weights=", "--batch_size=8", "--finetune_epochs=1", "--verbose=0"),
+    ]
+    with flagsaver.flagsaver():
+        flags.FLAGS(["train.py", *command, *arguments])
+        train.main([])
+
+
 @pytest.mark.parametrize(
     ("network", "size", "rate"),
     [
@@ -149,22 +160,10 @@ def test_training_sees_random_parts_of_the_image():
     ],
 )
 def test_a_recipe_trains_on_it(folder, tmp_path, network, size, rate):
-    command = [
-        "--recipe=ltp_mobilenetv2_imagenet",
-        *("--dataset=tiny_imagenet", f"--data_dir={folder}", f"--output={tmp_path}"),
-        *(f"--model={network}", "--weights=", f"--image_size={size}", "--batch_size=8"),
-        *(
-            f"--learning_rate={rate}",
-            "--epochs=4",
-            "--finetune_epochs=1",
-            "--verbose=0",
-            "--recalibrate",
-        ),
-    ]
-    with flagsaver.flagsaver():
-        flags.FLAGS(["train.py", *command])
-        with pytest.warns(UserWarning, match="thresholds are shifted at once"):
-            train.main([])  # so few steps lead nowhere
+    sized = [f"--model={network}", f"--image_size={size}", "--recalibrate"]
+    length = [f"--learning_rate={rate}", "--epochs=4"]
+    with pytest.warns(UserWarning, match="thresholds are shifted at once"):
+        run_recipe(folder, tmp_path, *sized, *length)  # few steps lead nowhere
     results = json.loads((tmp_path / "results.jsonl").read_text())
     assert results["settings"]["l0"] == 1e-8
     assert results["sparse"]["sparsity"] == pytest.approx(1 - 1 / 1.33, abs=0.005)
@@ -177,6 +176,25 @@ def test_a_recipe_trains_on_it(folder, tmp_path, network, size, rate):
     accuracy = np.mean(np.concatenate(right))
     assert results["sparse"]["accuracy"] == pytest.approx(accuracy, abs=1e-6)
     assert results["sparse"]["top_5"] == 1  # there are four classes
+
+
+def test_without_steering_the_sparsest_epoch_is_taken(folder, tmp_path, capsys):
+    short = ["--model=lenet_300_100", "--image_size=16", "--epochs=1"]
+    run_recipe(folder, tmp_path, *short, "--nosteer")
+    # So short a training is not led to the sparsity that the recipe wants.
+    assert "No epoch has --sparsity=0.248" in capsys.readouterr().out
+    results = json.loads((tmp_path / "results.jsonl").read_text())
+    assert results["sparse"]["sparsity"] < 0.248
+
+
+def test_statistics_are_those_of_the_first_epoch_whichever_came_last(tiny):
+    first = [batch for batch, _ in tiny.for_statistics(4).as_numpy_iterator()]
+    tiny.follow.on_epoch_begin(5, {})
+    again = [batch for batch, _ in tiny.for_statistics(4).as_numpy_iterator()]
+    np.testing.assert_array_equal(np.concatenate(again), np.concatenate(first))
+    few = [batch for batch, _ in tiny.for_statistics(4, 5).as_numpy_iterator()]
+    np.testing.assert_array_equal(np.concatenate(few), np.concatenate(first)[:8])
+    np.testing.assert_array_equal(np.concatenate(first), epoch(tiny, 0)[0])
 
 
 def test_a_set_that_is_not_there_is_refused_with_what_to_do(tmp_path):
